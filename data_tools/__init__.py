@@ -1,0 +1,1 @@
+"""Offline tools for corpora: text -> token shards, and looking at what was built."""

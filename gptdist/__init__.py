@@ -1,0 +1,1 @@
+"""gptdist: pretraining of GPT models from raw text, on any layout."""

@@ -1,0 +1,1 @@
+"""Training state stored by what it is, never by which rank held it."""

@@ -1,0 +1,156 @@
+"""The folder of checkpoints: names, durable writes, and steps that make a change appear whole or not at all.
+
+Knows the file system. Must not know what is inside a checkpoint, torch, or how many ranks there are.
+`step-00000400` is a finished checkpoint; one saved again at the same step is `step-00000400.1`, so that no folder is
+ever reused. `.tmp-step-...` is one being written, `.doomed-step-...` one being deleted; after a crash both are rubbish.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+from itertools import count
+from pathlib import Path
+
+from gptdist.errors import StorageError
+
+LATEST = "latest"
+_STEP_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_TEMPORARY = ".tmp-"
+_DOOMED = ".doomed-"
+
+
+def parse_step(folder_name: str) -> tuple[int, int] | None:
+    """(step, how often it was saved again) of a finished checkpoint's folder name; None for any other name."""
+    found = _STEP_NAME.fullmatch(folder_name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def step_folders(checkpoints_dir: Path) -> list[Path]:
+    """Folders of finished checkpoints, newest first."""
+    found = [
+        (parsed, path) for path in checkpoints_dir.iterdir() if (parsed := parse_step(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def temporary_path(checkpoints_dir: Path, step: int, token: str) -> Path:
+    """Where a checkpoint is written before it is committed. `token` is the same on all ranks, new for each save."""
+    return checkpoints_dir / f"{_TEMPORARY}step-{step:08d}-{token}"
+
+
+def free_step_path(checkpoints_dir: Path, step: int) -> Path:
+    """A name for the finished checkpoint that no folder has had while any folder of that step is still there."""
+    names = [parsed for path in checkpoints_dir.iterdir() if (parsed := parse_step(path.name))]
+    taken = [again for other, again in names if other == step]
+    name = f"step-{step:08d}"
+    return checkpoints_dir / (f"{name}.{max(taken) + 1}" if taken else name)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Make a fully written folder the checkpoint `final`, durably. Its files must have been fsynced."""
+    sync_folder(temporary)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+
+
+def doom(folder: Path) -> None:
+    """Delete a folder so that a crash half-way leaves nothing that looks like a checkpoint."""
+    doomed = folder.with_name(_DOOMED + folder.name)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside(checkpoints_dir: Path) -> Path | None:
+    """Move all finished checkpoints into a new folder below, where nothing finds or prunes them; None for none."""
+    found = step_folders(checkpoints_dir) if checkpoints_dir.is_dir() else []
+    if not found:
+        return None
+    aside = next(path for n in count(1) if not (path := checkpoints_dir / f"set-aside-{n}").exists())
+    aside.mkdir()
+    for path in found:
+        os.rename(path, aside / path.name)
+    (checkpoints_dir / LATEST).unlink(missing_ok=True)
+    sync_folder(aside)
+    sync_folder(checkpoints_dir)
+    return aside
+
+
+def remove_rubbish(checkpoints_dir: Path) -> None:
+    """Delete what crashed saves and deletions left. Only safe while nobody saves into `checkpoints_dir`."""
+    for path in checkpoints_dir.iterdir():
+        if path.name.startswith((_TEMPORARY + "step-", _DOOMED + "step-")) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file whole: into a temporary neighbour, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder and say so; their renames are synchronous.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def regular_file_size(path: Path) -> int | None:
+    """Bytes of a regular file; None where there is none, or a link (which could lead anywhere)."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def file_problem(path: Path, size: int, sha256: str | None) -> str | None:
+    """None where the file is there with that size and, unless None, that sha256; else what is wrong, for people."""
+    found = regular_file_size(path)
+    if found is None:
+        return f"{path} is missing, or no regular file"
+    if found != size:
+        return f"{path} has {found:,} bytes, the manifest says {size:,}"
+    if sha256 is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot read {path}: {error.strerror or error}"
+    return None if digest == sha256 else f"{path} has sha256 {digest[:16]}..., the manifest says {sha256[:16]}..."
+
+
+def storage_error(error: OSError, path: Path, needed_bytes: int) -> StorageError:
+    """The error to raise for `error`, met while writing `needed_bytes` to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next((folder for folder in path.parents if folder.exists()), Path("/"))
+        free = shutil.disk_usage(existing).free
+        limit = "the disk is full" if error.errno == errno.ENOSPC else "the quota is used up"
+        return StorageError(
+            f"cannot write {path}: {limit}. This file needs {needed_bytes:,} bytes, {free:,} are free. "
+            "Free some space, lower checkpoint.keep, or set checkpoint.dir to a larger disk."
+        )
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}. Set checkpoint.dir to a folder that this user can write."
+    )

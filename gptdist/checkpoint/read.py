@@ -1,0 +1,220 @@
+"""Loading: find the newest checkpoint that verifies, on all ranks alike, and read any box of any logical tensor.
+
+Knows manifests, memory-mapped files and how to share out the hashing. Must not know engines or layouts: a box is asked
+for by its logical place, whoever wrote it.
+"""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from gptdist.checkpoint.folder import file_problem, step_folders
+from gptdist.checkpoint.listing import check_step_name
+from gptdist.checkpoint.logical import Box, Shape, render_box
+from gptdist.checkpoint.manifest import FragmentEntry, Manifest, TensorEntry, load_manifest
+from gptdist.checkpoint.tensor_file import DTYPES, TensorFile
+from gptdist.comms import Comms
+from gptdist.errors import CheckpointError
+from gptdist.world import World
+
+
+class Checkpoint:
+    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Use `Checkpoint.open`."""
+        self.path = path
+        self._manifest = manifest
+        self._indexes: dict[str, _Index] = {}
+        self._files: dict[str, TensorFile] = {}
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool, comms: Comms | None = None) -> "Checkpoint":
+        """Open on all ranks of `comms` (default: this process alone), or raise the same CheckpointError on all.
+
+        The manifest and every file's size are always checked; `verify` also hashes every byte, shared out over ranks.
+        """
+        comms = comms or Comms(World())
+        manifest: Manifest | None = None
+        problem = None
+        try:
+            manifest = load_manifest(path)
+            check_step_name(path, manifest)
+            _check_dtypes(path, manifest)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        _raise_first(comms, None if problem is None else (0, problem))
+        assert manifest is not None  # A rank without one has a problem, and then nobody comes here.
+        if len(set(comms.gather(manifest.sha256))) > 1:
+            raise CheckpointError(f"{path} is not the same checkpoint on all ranks: they must share the folder.")
+        _raise_first(comms, _first_bad_file(path, manifest, verify, comms.world))
+        return cls(path, manifest)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken when it was saved."""
+        return self._manifest.step
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The run state that was saved with it."""
+        return self._manifest.state
+
+    @property
+    def created(self) -> str:
+        """When: UTC, ISO 8601."""
+        return self._manifest.created
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Logical tensors whose name starts with `prefix`, sorted."""
+        return sorted(name for name in self._manifest.tensors if name.startswith(prefix))
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole logical tensor."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        found = getattr(torch, self._tensor(name).dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """`box` (default: all) of a logical tensor, contiguous, on the CPU, owned by the caller.
+
+        Raises CheckpointError for a name that is not there and for a file that contradicts the manifest; ValueError
+        for a box outside the tensor.
+        """
+        tensor = self._tensor(name)
+        whole = Box.whole(tensor.shape)
+        box = box if box is not None else whole
+        if len(box.start) != len(tensor.shape) or not whole.contains(box):
+            raise ValueError(f"box {render_box(box)} is outside {name}, whose shape is {list(tensor.shape)}")
+        index = self._indexes.get(name)
+        if index is None:
+            index = self._indexes[name] = _Index(tensor)
+        out = torch.empty(box.shape, dtype=self.dtype(name))
+        for fragment in index.near(box):
+            wanted = fragment.box.intersect(box)
+            if wanted is not None:
+                self._copy(out[wanted.slices(box.start)], fragment, tensor.dtype, wanted)
+        return out
+
+    def close(self) -> None:
+        """Unmap all files. Tensors read before stay valid."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _tensor(self, name: str) -> TensorEntry:
+        tensor = self._manifest.tensors.get(name)
+        if tensor is None:
+            near = get_close_matches(name, self._manifest.tensors, n=1)
+            hint = f" The nearest name is {near[0]!r}." if near else ""
+            raise CheckpointError(
+                f"{self.path} has no tensor {name!r} among its {len(self._manifest.tensors)}.{hint} "
+                "It may be a checkpoint of another model."
+            )
+        return tensor
+
+    def _copy(self, out: torch.Tensor, fragment: FragmentEntry, dtype: str, wanted: Box) -> None:
+        path = self.path / fragment.file
+        try:
+            file = self._files.get(fragment.file)
+            if file is None:
+                # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
+                entry = self._manifest.files[fragment.file]
+                problem = file_problem(path, entry.bytes, None)
+                if problem:
+                    raise CheckpointError(problem)
+                file = self._files[fragment.file] = TensorFile(path)
+            file.copy_into(out, fragment.key, fragment.box, dtype, wanted)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """The newest good checkpoint, and one line for each newer one that was passed over."""
+
+    checkpoint: Checkpoint
+    skipped: list[str]
+
+
+def find_latest(checkpoints_dir: Path, comms: Comms | None = None) -> FoundCheckpoint | None:
+    """The newest checkpoint whose every byte verifies, the same on all ranks; None only where there is none at all.
+
+    Raises CheckpointError, with the reason for each, where there are some but none is good.
+    """
+    comms = comms or Comms(World())
+    candidates: list[str] = []
+    with comms.together():
+        if comms.is_first and checkpoints_dir.is_dir():
+            candidates = [path.name for path in step_folders(checkpoints_dir)]
+    skipped: list[str] = []
+    for name in comms.broadcast(candidates):
+        try:
+            return FoundCheckpoint(Checkpoint.open(checkpoints_dir / name, verify=True, comms=comms), skipped)
+        except CheckpointError as error:
+            skipped.append(f"{name}: {error}")
+    if skipped:
+        reasons = "".join(f"\n  {reason}" for reason in skipped)
+        raise CheckpointError(
+            f"{checkpoints_dir} has {len(skipped)} checkpoint(s), but none of them is good:{reasons}\n"
+            "Restore one of them, or start anew on purpose (--fresh, or another checkpoint.dir)."
+        )
+    return None
+
+
+class _Index:
+    """The fragments of one tensor in the order of their rows, to find those near a box without looking at all."""
+
+    def __init__(self, tensor: TensorEntry) -> None:
+        self._fragments = sorted(tensor.fragments, key=lambda fragment: fragment.box.start)
+        self._starts = [fragment.box.start[0] for fragment in self._fragments] if tensor.shape else []
+        stops = (fragment.box.stop[0] for fragment in self._fragments) if tensor.shape else ()
+        self._highest_stop_so_far = list(accumulate(stops, max))
+
+    def near(self, box: Box) -> list[FragmentEntry]:
+        """All fragments that share elements with `box`, and perhaps some that do not."""
+        if not box.start:
+            return self._fragments
+        first = bisect_right(self._highest_stop_so_far, box.start[0])
+        return self._fragments[first : bisect_left(self._starts, box.stop[0])]
+
+
+def _check_dtypes(path: Path, manifest: Manifest) -> None:
+    for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {tensor.dtype!r}; can read {', '.join(DTYPES)}.")
+
+
+def _first_bad_file(path: Path, manifest: Manifest, hashed: bool, world: World) -> tuple[int, str] | None:
+    """Of this rank's share of the files, the first bad one: its place among all files, and what is wrong with it."""
+    order = sorted(manifest.files.items())
+    # Dealt round by size, so that each rank hashes about as many bytes.
+    by_size = sorted(range(len(order)), key=lambda place: order[place][1].bytes)
+    for place in sorted(by_size[world.global_rank :: world.world_size]):
+        name, entry = order[place]
+        problem = file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
+        if problem:
+            return place, problem
+    return None
+
+
+def _raise_first(comms: Comms, problem: tuple[int, str] | None) -> None:
+    """Raise the problem of the lowest number, the same on every rank, where any rank has one."""
+    found = [tuple(other) for other in comms.gather(problem) if other is not None]
+    if found:
+        raise CheckpointError(min(found)[1])

@@ -1,0 +1,81 @@
+"""Small control messages between all ranks of a run: gather, broadcast, and agree on an error before anyone raises.
+
+Messages are JSON in uint8 tensors (never pickle) over a gloo group, so they work the same beside NCCL. With one rank
+everything here is the identity and needs no process group. Tensors of training never pass through here.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gptdist import errors
+from gptdist.world import World
+
+
+class Comms:
+    """The control channel of one run. Every method but `is_first` must be called by all ranks, in the same order."""
+
+    def __init__(self, world: World, group: "dist.ProcessGroup | None" = None) -> None:
+        """`group`: a gloo group of all ranks; None with one rank."""
+        if world.world_size > 1 and group is None:
+            raise ValueError("a world of several ranks needs a gloo group for control messages")
+        self.world = world
+        self._group = group
+
+    @property
+    def is_first(self) -> bool:
+        return self.world.is_first
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything JSON holds), indexed by global rank, on every rank."""
+        if self.world.world_size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.world_size)]
+        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self._group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(parts, padded, group=self._group)
+        return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def broadcast(self, value: Any) -> Any:
+        """Global rank 0's `value` on every rank."""
+        return self.gather(value if self.is_first else None)[0]
+
+    def barrier(self) -> None:
+        """Returns once every rank is here."""
+        if self.world.world_size > 1:
+            dist.barrier(group=self._group)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set."""
+        return any(self.gather(bool(flag)))
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank brings an error: the lowest rank's, of its own gptdist class."""
+        mine = None if error is None else [type(error).__name__, str(error)]
+        for global_rank, found in enumerate(self.gather(mine)):
+            if found is None:
+                continue
+            if error is not None and global_rank == self.world.global_rank:
+                raise error
+            kind = getattr(errors, found[0], None)
+            if not (isinstance(kind, type) and issubclass(kind, errors.GptdistError)):
+                kind, found = errors.GptdistError, [found[0], f"{found[0]}: {found[1]}"]
+            raise kind(f"[rank {global_rank}] {found[1]}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails on all ranks if it fails on one. The block itself must not use collectives."""
+        caught: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            caught = error
+        self.agree(caught)

@@ -1,0 +1,296 @@
+"""The rules that join settings, sections and the world size; each is a function named `rule_*`.
+
+Pure: knows values and where they were written, no file and no process. What one setting keeps by itself is in
+`sections.py`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from gptdist.config.problems import DEFAULT, Problem, raise_problems
+from gptdist.config.sections import RunConfig, ScheduleConfig, TrainConfig
+from gptdist.layout import Layout
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A broken rule: what to tell, and the settings it is about (for their file and line)."""
+
+    text: str
+    keys: tuple[str, ...]
+
+
+Rule = Callable[[RunConfig, int], Iterator[Broken]]
+
+
+def check_run(config: RunConfig, world_size: int, origins: Mapping[str, str] | None = None) -> Layout:
+    """The layout of `config` on `world_size` ranks. Raises ConfigError listing every broken rule with its origins."""
+    problems = [
+        Problem(broken.text, _places(broken.keys, origins or {}))
+        for rule in RULES
+        for broken in rule(config, world_size)
+    ]
+    raise_problems(problems, f"this run on {world_size} ranks")
+    parallel = config.parallel
+    return Layout(
+        world_size=world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence,
+        zero_stage=parallel.zero_stage,
+    )
+
+
+def batch_ramp_levels(train: TrainConfig, schedule: ScheduleConfig) -> list[int]:
+    """The global batch sizes of a run in order; the last is train.global_batch_size."""
+    ramp = schedule.batch_ramp
+    if ramp is None:
+        return [train.global_batch_size]
+    return list(range(ramp.start, train.global_batch_size + 1, ramp.increment))
+
+
+def rule_world_size(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """tensor x pipeline divides the world size."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    ranks = tensor * pipeline
+    if world_size % ranks:
+        text = (
+            f"parallel.tensor ({tensor}) x parallel.pipeline ({pipeline}) = {ranks} does not divide the world size "
+            f"{world_size}. Use {_nearest(world_size, ranks)} ranks, or change parallel.tensor or parallel.pipeline."
+        )
+        yield Broken(text, ("parallel.tensor", "parallel.pipeline"))
+
+
+def rule_tensor_divides(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Heads, key/value heads and the MLP are split evenly over tensor-parallel ranks."""
+    model, tensor = config.model, config.parallel.tensor
+    parts = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "ffn_hidden_size": model.ffn_size}
+    valid = _divisors(math.gcd(*parts.values()))
+    for key, size in parts.items():
+        if size % tensor and not (key == "num_kv_heads" and model.num_kv_heads is None):
+            text = (
+                f"parallel.tensor ({tensor}) does not divide model.{key} ({size}). With this model it can be {valid}."
+            )
+            yield Broken(text, ("parallel.tensor", f"model.{key}"))
+
+
+def rule_attention_heads(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Heads split the width; key/value heads split the heads; rotary pairs the features of a head."""
+    model = config.model
+    heads, hidden = model.num_heads, model.hidden_size
+    if heads % model.kv_heads:
+        text = (
+            f"model.num_kv_heads ({model.kv_heads}) does not divide model.num_heads ({heads}). "
+            f"It can be {_divisors(heads)}."
+        )
+        yield Broken(text, ("model.num_kv_heads", "model.num_heads"))
+    if hidden % heads:
+        text = (
+            f"model.hidden_size ({hidden}) is not a multiple of model.num_heads ({heads}). "
+            f"Use model.hidden_size {_nearest(hidden, heads)}."
+        )
+        yield Broken(text, ("model.hidden_size", "model.num_heads"))
+    elif model.position == "rotary" and model.head_size % 2:
+        text = (
+            f"model.position rotary needs an even head size; model.hidden_size ({hidden}) / model.num_heads ({heads}) "
+            f"is {model.head_size}. Use model.hidden_size {_nearest(hidden, 2 * heads)}."
+        )
+        yield Broken(text, ("model.position", "model.hidden_size", "model.num_heads"))
+
+
+def rule_pipeline_layers(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Every model chunk of every pipeline stage holds as many layers."""
+    layers, parallel = config.model.num_layers, config.parallel
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if layers % chunks:
+        text = (
+            f"model.num_layers ({layers}) is not a multiple of parallel.pipeline ({parallel.pipeline}) x "
+            f"parallel.virtual_pipeline ({parallel.virtual_pipeline}) = {chunks}. Use {_nearest(layers, chunks)} "
+            f"layers, or a product among {_divisors(layers)}."
+        )
+        yield Broken(text, ("model.num_layers", "parallel.pipeline", "parallel.virtual_pipeline"))
+
+
+def rule_virtual_pipeline(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Interleaving needs a pipeline to interleave."""
+    parallel = config.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        text = (
+            f"parallel.virtual_pipeline ({parallel.virtual_pipeline}) needs parallel.pipeline above 1; it is 1. "
+            "Set parallel.virtual_pipeline: 1, or parallel.pipeline: 2 or more."
+        )
+        yield Broken(text, ("parallel.virtual_pipeline", "parallel.pipeline"))
+
+
+def rule_sequence_parallel(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Sequence parallel splits the sequence over the tensor-parallel ranks."""
+    tensor, length = config.parallel.tensor, config.model.sequence_length
+    if not config.parallel.sequence:
+        return
+    if tensor == 1:
+        text = (
+            "parallel.sequence (true) needs parallel.tensor above 1; it is 1. "
+            "Set parallel.sequence: false, or parallel.tensor: 2 or more."
+        )
+        yield Broken(text, ("parallel.sequence", "parallel.tensor"))
+    elif length % tensor:
+        text = (
+            f"parallel.sequence splits model.sequence_length ({length}) over parallel.tensor ({tensor}) ranks, which "
+            f"does not divide it. Use model.sequence_length {_nearest(length, tensor)}, or parallel.sequence: false."
+        )
+        yield Broken(text, ("model.sequence_length", "parallel.tensor", "parallel.sequence"))
+
+
+def rule_batch_divides(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Every global batch of the run, ramp included, is whole micro-batches on every data rank.
+
+    An interleaved pipeline moreover runs its micro-batches in rounds of one per stage (Narayanan et al. 2021, section
+    2.2), so that their number must be a multiple of the pipeline size.
+    """
+    parallel, train = config.parallel, config.train
+    data, left_over = divmod(world_size, parallel.tensor * parallel.pipeline)
+    if left_over:
+        return  # rule_world_size speaks; the data-parallel size is not known
+    unit = train.micro_batch_size * data
+    product = f"train.micro_batch_size ({train.micro_batch_size}) x data parallel ({data})"
+    keys = ["train.micro_batch_size"]
+    if parallel.virtual_pipeline > 1:
+        unit *= parallel.pipeline
+        product += f" x parallel.pipeline ({parallel.pipeline}; with parallel.virtual_pipeline above 1 it counts too)"
+        keys += ["parallel.pipeline", "parallel.virtual_pipeline"]
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if config.schedule.batch_ramp:
+        sizes["schedule.batch_ramp.start"] = config.schedule.batch_ramp.start
+        sizes["schedule.batch_ramp.increment"] = config.schedule.batch_ramp.increment
+    whole, uneven = divmod(math.gcd(*sizes.values()), unit // train.micro_batch_size)
+    fitting = max(size for size in range(1, train.micro_batch_size + 1) if whole % size == 0)
+    smaller = "" if uneven else f", or train.micro_batch_size {fitting}"
+    for key, size in sizes.items():
+        if size % unit:
+            text = f"{key} ({size}) is not a multiple of {product} = {unit}. Use {_nearest(size, unit)}{smaller}."
+            yield Broken(text, (key, *keys))
+
+
+def rule_batch_ramp(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """A batch ramp climbs to the global batch size in whole increments."""
+    ramp, full = config.schedule.batch_ramp, config.train.global_batch_size
+    if ramp is None:
+        return
+    if ramp.start > full:
+        text = (
+            f"schedule.batch_ramp.start ({ramp.start}) is above train.global_batch_size ({full}), where the ramp ends. "
+            f"Use a start of at most {full}."
+        )
+        yield Broken(text, ("schedule.batch_ramp.start", "train.global_batch_size"))
+    elif (full - ramp.start) % ramp.increment:
+        text = (
+            f"schedule.batch_ramp.increment ({ramp.increment}) does not divide the climb from "
+            f"schedule.batch_ramp.start ({ramp.start}) to train.global_batch_size ({full}), {full - ramp.start}. "
+            f"Use {_nearest_divisor(full - ramp.start, ramp.increment)}."
+        )
+        yield Broken(text, ("schedule.batch_ramp.increment", "schedule.batch_ramp.start", "train.global_batch_size"))
+
+
+def rule_zero_options(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Offload moves ZeRO's partitions; per-micro-batch reduction frees what stages 2 and 3 partition."""
+    parallel = config.parallel
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
+        text = "parallel.offload_optimizer (true) needs parallel.zero_stage 1, 2 or 3; it is 0. Set it to 1."
+        yield Broken(text, ("parallel.offload_optimizer", "parallel.zero_stage"))
+    if parallel.reduce == "micro_batch" and parallel.zero_stage < 2:
+        text = (
+            f"parallel.reduce micro_batch needs parallel.zero_stage 2 or 3; it is {parallel.zero_stage}, which keeps "
+            "whole gradients anyway. Set parallel.zero_stage: 2, or parallel.reduce: step."
+        )
+        yield Broken(text, ("parallel.reduce", "parallel.zero_stage"))
+    if parallel.reduce == "micro_batch" and parallel.pipeline > 1:
+        text = (
+            f"parallel.reduce micro_batch needs parallel.pipeline 1; it is {parallel.pipeline}. "
+            "Set parallel.reduce: step, or parallel.pipeline: 1."
+        )
+        yield Broken(text, ("parallel.reduce", "parallel.pipeline"))
+
+
+def rule_schedule_order(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Warm-up, then decay, then the end: in this order and within the run."""
+    schedule, steps = config.schedule, config.train.steps
+    decay = schedule.decay_steps or steps
+    decay_key = "schedule.decay_steps" if schedule.decay_steps else "train.steps"
+    if decay > steps:
+        text = f"schedule.decay_steps ({decay}) is above train.steps ({steps}). Use at most {steps}, or leave it out."
+        yield Broken(text, ("schedule.decay_steps", "train.steps"))
+    if schedule.warmup_steps >= decay:
+        text = (
+            f"schedule.warmup_steps ({schedule.warmup_steps}) must be less than {decay_key} ({decay}), where the "
+            f"schedule ends. Use at most {decay - 1}, or raise {decay_key}."
+        )
+        yield Broken(text, ("schedule.warmup_steps", decay_key))
+    elif schedule.kind == "wsd" and schedule.warmup_steps > decay - round(schedule.wsd_decay_fraction * decay):
+        latest = decay - round(schedule.wsd_decay_fraction * decay)
+        text = (
+            f"schedule.warmup_steps ({schedule.warmup_steps}) reaches into the decay, the last "
+            f"schedule.wsd_decay_fraction ({schedule.wsd_decay_fraction}) of {decay_key} ({decay}). "
+            f"Use at most {latest}, or a smaller fraction."
+        )
+        yield Broken(text, ("schedule.warmup_steps", "schedule.wsd_decay_fraction", decay_key))
+
+
+def rule_learning_rates(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """The floor of the learning rate is not above its peak."""
+    floor, peak = config.schedule.min_learning_rate, config.optimizer.learning_rate
+    if floor > peak:
+        text = (
+            f"schedule.min_learning_rate ({floor}) is above optimizer.learning_rate ({peak}), the peak. "
+            f"Use at most {peak}; a tenth of the peak, {peak / 10:g}, is usual."
+        )
+        yield Broken(text, ("schedule.min_learning_rate", "optimizer.learning_rate"))
+
+
+def rule_stop_after(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """A run cannot stop after its end."""
+    stop, steps = config.train.stop_after, config.train.steps
+    if stop is not None and stop > steps:
+        text = f"train.stop_after ({stop}) is above train.steps ({steps}). Use at most {steps}, or leave it out."
+        yield Broken(text, ("train.stop_after", "train.steps"))
+
+
+RULES: tuple[Rule, ...] = (
+    rule_world_size,
+    rule_attention_heads,
+    rule_tensor_divides,
+    rule_pipeline_layers,
+    rule_virtual_pipeline,
+    rule_sequence_parallel,
+    rule_batch_divides,
+    rule_batch_ramp,
+    rule_zero_options,
+    rule_schedule_order,
+    rule_learning_rates,
+    rule_stop_after,
+)
+
+
+def _places(keys: tuple[str, ...], origins: Mapping[str, str]) -> str:
+    """Where the settings were written, those of a file or the command line only; defaults are nobody's line."""
+    written = [origins.get(key, DEFAULT) for key in keys]
+    return ", ".join(dict.fromkeys(place for place in written if place != DEFAULT)) or DEFAULT
+
+
+def _nearest(value: int, unit: int) -> str:
+    """The multiples of `unit` either side of `value`, for a sentence."""
+    lower = value // unit * unit
+    return f"{lower} or {lower + unit}" if lower else f"{unit}"
+
+
+def _divisors(value: int) -> str:
+    found = [candidate for candidate in range(1, min(value, 256) + 1) if value % candidate == 0]
+    return str(found[0]) if len(found) == 1 else f"{', '.join(map(str, found[:-1]))} or {found[-1]}"
+
+
+def _nearest_divisor(value: int, near: int) -> int:
+    divisors = [candidate for candidate in range(1, math.isqrt(value) + 1) if value % candidate == 0]
+    return min(
+        divisors + [value // divisor for divisor in divisors], key=lambda divisor: (abs(divisor - near), divisor)
+    )

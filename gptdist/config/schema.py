@@ -1,0 +1,65 @@
+"""The tree of sections as data: which keys exist where, and which of them a mistyped key was meant to be.
+
+Reads the section classes only; knows no file and no value.
+"""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from gptdist.config.sections import RunConfig, Section
+
+KeyPath = tuple[str, ...]
+
+
+def nested_section(annotation: Any) -> type[Section] | None:
+    """The section class that a field of this type holds, or None for a plain setting (`BatchRamp | None` holds one)."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def section_at(path: KeyPath) -> type[Section] | None:
+    """The section class at `path` (the run itself at the empty path), or None where there is no section."""
+    section: type[Section] | None = RunConfig
+    for key in path:
+        field = section.model_fields.get(key) if section else None
+        section = nested_section(field.annotation) if field else None
+    return section
+
+
+def field_at(path: KeyPath) -> FieldInfo | None:
+    """The declaration of the setting or section at `path`, or None for an unknown one."""
+    section = section_at(path[:-1])
+    return section.model_fields.get(path[-1]) if section and path else None
+
+
+def setting_paths(section: type[Section] = RunConfig, above: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every setting there is, in order: ("model", "num_layers"), ..."""
+    for key, field in section.model_fields.items():
+        nested = nested_section(field.annotation)
+        if nested:
+            yield from setting_paths(nested, (*above, key))
+        else:
+            yield (*above, key)
+
+
+def suggest_key(path: KeyPath) -> str:
+    """A sentence for the unknown key at `path`: what it may have been meant to be, else the keys that exist there."""
+    section = section_at(path[:-1])
+    siblings = list(section.model_fields) if section else []
+    if "." in path[-1]:
+        *outer, inner = path[-1].split(".")
+        return f"In a file, sections nest: put `{inner}:` on a line of its own under `{':'.join(outer)}:`."
+    near = [".".join((*path[:-1], key)) for key in difflib.get_close_matches(path[-1], siblings, n=2)]
+    elsewhere = [".".join(other) for other in setting_paths() if other[-1] == path[-1]]
+    if not near and not elsewhere:
+        names = {other[-1]: ".".join(other) for other in setting_paths()}
+        elsewhere = [names[key] for key in difflib.get_close_matches(path[-1], names, n=1, cutoff=0.75)]
+    guesses = list(dict.fromkeys(elsewhere + near))
+    if guesses:
+        return f"Did you mean {' or '.join(guesses)}?"
+    return f"The keys here are: {', '.join(siblings)}."

@@ -1,0 +1,174 @@
+"""The sections of a run's config: what can be set, its type, its unit and its default.
+
+Only fields and the rules that one field keeps by itself; rules that join fields or sections are in `check.py`, and
+reading YAML is in `load.py`. A part of the system is handed its own section, never the whole.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gptdist.config.units import Duration
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strict about unknown keys; a number is finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The network. `gptdist.model.parameters` counts its parameters without building it."""
+
+    num_layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    num_heads: PositiveInt = 12
+    num_kv_heads: PositiveInt | None = Field(None, description="Key/value heads; null: as many as num_heads.")
+    ffn_hidden_size: PositiveInt | None = Field(None, description="Width of the MLP; null: 4 x hidden_size.")
+    vocab_size: PositiveInt = Field(50257, description="Ids the model knows; at least the corpus's.")
+    sequence_length: PositiveInt = Field(1024, description="Tokens of context.")
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: PositiveFloat = 1e-5
+    position: Literal["learned", "rotary"] = "learned"
+    rotary_base: PositiveFloat = 10000.0
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    bias: bool = Field(True, description="Biases on the linear layers.")
+    tie_embeddings: bool = Field(True, description="Output weight = word embedding.")
+    dropout: Probability = Field(0.0, description="After the embedding and on both residual branches.")
+    attention_dropout: Probability = 0.0
+    init_std: PositiveFloat = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class DataConfig(Section):
+    """Which corpus, in which order."""
+
+    corpus: str = Field(description="Folder that `gptdist data build` made; relative to the current folder.")
+    seed: NonNegativeInt = Field(1234, description="Key of the order of samples.")
+    prefetch: PositiveInt = Field(4, description="Global batches read ahead.")
+    verify: bool = Field(True, description="Check each chunk of a shard against its digest the first time it is read.")
+
+
+class ParallelConfig(Section):
+    """How the model is spread. Data parallel is what is left of the world size."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = Field(1, description="Model chunks a pipeline stage holds (interleaved 1F1B).")
+    sequence: bool = Field(False, description="Megatron's sequence parallel; needs tensor > 1.")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    reduce: Literal["step", "micro_batch"] = Field(
+        "step",
+        description="When ZeRO reduces gradients: once a step (fastest), or every micro-batch "
+        "(stages 2 and 3 then hold no whole gradients).",
+    )
+    offload_optimizer: bool = Field(False, description="Optimizer state and step on the CPU (ZeRO 1 to 3).")
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019). Biases and norms are not decayed."""
+
+    learning_rate: PositiveFloat = Field(3e-4, description="Peak.")
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: NonNegativeFloat = Field(1.0, description="Global gradient norm to clip to; 0: no clipping.")
+
+
+class BatchRamp(Section):
+    """Global batch size grows from `start` by `increment` over the first `samples` samples."""
+
+    start: PositiveInt
+    increment: PositiveInt
+    samples: PositiveInt
+
+
+class ScheduleConfig(Section):
+    """Learning rate by step."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = Field(None, description="Step at which the decay ends; null: train.steps.")
+    min_learning_rate: NonNegativeFloat = 0.0
+    wsd_decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Last part of a WSD run: decay.")
+    batch_ramp: BatchRamp | None = None
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: PositiveInt = 1000
+    stop_after: PositiveInt | None = Field(
+        None, description="Save and stop, resumable (exit 75), after this step; schedules still span train.steps."
+    )
+    global_batch_size: PositiveInt = Field(8, description="Samples (sequences) an optimizer step consumes.")
+    micro_batch_size: PositiveInt = Field(1, description="Samples one forward pass of one data rank takes.")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    seed: NonNegativeInt = Field(1234, description="Key of initial weights and dropout.")
+    eval_interval: NonNegativeInt = Field(200, description="Steps between evaluations; 0: only at the end.")
+    eval_samples: PositiveInt = Field(64, description="Held-out windows per evaluation, at most what there is.")
+    max_skipped_steps: PositiveInt = Field(10, description="Non-finite steps in a row that end the run with exit 1.")
+    loss_scale: PositiveFloat = Field(65536.0, description="First fp16 loss scale.")
+    loss_scale_window: PositiveInt = Field(1000, description="Good steps before the fp16 loss scale doubles.")
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    dir: str | None = Field(None, description="Folder of checkpoints; null: launch.run_dir/checkpoints.")
+    interval: NonNegativeInt = Field(500, description="Steps between saves; 0: only at the end.")
+    keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
+
+
+class MonitorConfig(Section):
+    """What is shown, how often."""
+
+    log_interval: PositiveInt = 10
+    tensorboard: bool = True
+    wandb_project: str | None = Field(None, description="Also log to Weights & Biases (extra `wandb`).")
+    sample_interval: NonNegativeInt = Field(0, description="Steps between samples of generated text; 0: none.")
+    sample_prompt: str = "The"
+    sample_tokens: PositiveInt = 64
+    progress: bool = Field(True, description="A progress bar, where the console is a terminal.")
+    peak_tflops: PositiveFloat | None = Field(None, description="Peak of one device, for MFU; null: by device name.")
+
+
+class LaunchConfig(Section):
+    """Where a run lives and how its ranks meet."""
+
+    run_dir: str = Field("runs/default", description="Folder of the run: checkpoints, logs, TensorBoard.")
+    timeout: Duration = Field(600.0, description="A collective that waits longer fails the run.")
+    port: NonNegativeInt = Field(0, description="Port of the rendezvous; 0: a free one.")
+
+
+class RunConfig(Section):
+    """A complete run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)

@@ -1,0 +1,135 @@
+"""Text <-> token ids, with the tokenizer that a corpus was built with.
+
+Two kinds: `hf` (a Hugging Face `tokenizer.json`) and `bytes` (ids 0 to 255 are bytes, 256 is end of text). Knows
+nothing of models: a model's vocabulary may be larger. Text never becomes the end-of-text id, whatever it contains.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from gptdist.errors import CorpusError
+
+BYTES_FORMAT = "gptdist-bytes"
+
+# Tried in this order where nothing else says which special token ends a text.
+_END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+
+
+class CorpusTokenizer:
+    """`encode` and `decode`, and what identifies the tokenizer. Made by `load`, `parse` or `of_bytes`.
+
+    `content` is its file, byte for byte; `sha256` is of that. `vocab_size` is one more than the largest id.
+    """
+
+    def __init__(self, content: bytes, kind: str, vocab_size: int, end_of_text: int, hf: Any = None) -> None:
+        self.content = content
+        self.kind = kind
+        self.vocab_size = vocab_size
+        self.end_of_text = end_of_text
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._hf = hf
+
+    @staticmethod
+    def load(path: Path, end_of_text: str | None = None) -> "CorpusTokenizer":
+        """The tokenizer of a corpus folder, of a folder with a `tokenizer.json`, or of such a file.
+
+        Raises CorpusError where there is none, where it cannot be understood, or where it is not the corpus's own.
+        """
+        path = Path(path)
+        file = path / TOKENIZER_FILE if path.is_dir() else path
+        manifest = Manifest.load(path) if (path / MANIFEST_FILE).is_file() else None
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CorpusError(f"Tokenizer {file} cannot be read: {error.strerror}. Name a HF tokenizer.json.") from None
+        if manifest is None:
+            return CorpusTokenizer.parse(content, str(file), end_of_text or _configured_end_of_text(file.parent))
+        found = hashlib.sha256(content).hexdigest()
+        if found != manifest.tokenizer.sha256:
+            raise CorpusError(
+                f"{file} is not the tokenizer that the corpus was built with: its sha256 is {found[:12]}..., the "
+                f"manifest says {manifest.tokenizer.sha256[:12]}.... Put the corpus's own file back, or build the "
+                "corpus again."
+            )
+        return CorpusTokenizer.parse(content, str(file), manifest.tokenizer.end_of_text)
+
+    @staticmethod
+    def parse(content: bytes, where: str, end_of_text: str | int | None = None) -> "CorpusTokenizer":
+        """A tokenizer from the bytes of its file; `where` names it in messages.
+
+        `end_of_text` is the token (or its id) that ends a document; None: found among the usual names.
+        """
+        try:
+            fields = json.loads(content)
+        except ValueError as error:
+            raise CorpusError(f"{where} is not a tokenizer: it is not JSON ({error}).") from None
+        if isinstance(fields, dict) and fields.get("format") == BYTES_FORMAT:
+            return CorpusTokenizer.of_bytes()
+        if not isinstance(fields, dict) or "model" not in fields:
+            raise CorpusError(f"{where} is not a HF tokenizer.json: it has no `model`.")
+        from tokenizers import Tokenizer  # not needed for `bytes`, and not by readers of tokens
+
+        try:
+            hf = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise CorpusError(f"{where} is not a tokenizer that the `tokenizers` library reads: {error}") from None
+        hf.no_truncation()
+        hf.no_padding()
+        hf.encode_special_tokens = True  # text that spells a special token stays text
+        ids = hf.get_vocab(with_added_tokens=True)
+        ending = _find_end_of_text(ids, end_of_text, where)
+        return CorpusTokenizer(content, "hf", max([*ids.values(), ending]) + 1, ending, hf)
+
+    @staticmethod
+    def of_bytes() -> "CorpusTokenizer":
+        """The tokenizer whose ids are the bytes of UTF-8."""
+        content = json.dumps({"format": BYTES_FORMAT, "vocab_size": 257, "end_of_text": 256}, indent=1).encode() + b"\n"
+        return CorpusTokenizer(content, "bytes", 257, 256)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with nothing added."""
+        return [int(index) for index in self.encode_documents([text])[0]]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, as arrays; on all cores where the tokenizer can."""
+        if self._hf is None:
+            return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        encodings = self._hf.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, without special tokens; bytes that are no UTF-8 become the replacement character."""
+        if self._hf is None:
+            return bytes(index for index in ids if index < 256).decode("utf-8", errors="replace")
+        return str(self._hf.decode(list(ids), skip_special_tokens=True))
+
+
+def _configured_end_of_text(folder: Path) -> str | None:
+    """The end-of-text token that a `tokenizer_config.json` beside the tokenizer names, if one does."""
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _find_end_of_text(ids: dict[str, int], wanted: str | int | None, where: str) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    if wanted is not None and wanted not in ids:
+        raise CorpusError(f"{where} has no token {wanted!r} to end documents with. Name one that it has.")
+    for name in (wanted,) if wanted is not None else _END_OF_TEXT_NAMES:
+        if name in ids:
+            return ids[name]
+    raise CorpusError(
+        f"{where} has none of the usual end-of-text tokens ({', '.join(_END_OF_TEXT_NAMES)}). Name its own with "
+        "--end-of-text."
+    )

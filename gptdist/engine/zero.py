@@ -1,0 +1,378 @@
+"""DeepSpeed's ZeRO around a `Network`: the only file that imports deepspeed.
+
+DeepSpeed owns the optimizer state and its partitioning, clipping, loss scaling, skipping and offload. How gradients reach it
+depends on the stage, and `GradientFlow` names the three ways; see docs/engine.md for why each exists.
+
+- FLAT: stages 0 and 1, and 2 under a pipeline. Whole fp32 gradients in one buffer, reduced once a step.
+- EACH_MICRO_BATCH: stages 2 and 3 without a pipeline. DeepSpeed reduces after each backward; no whole gradients stay.
+- COALESCED: stage 3 under a pipeline, and offload under a pipeline. DeepSpeed reduces once, after the schedule.
+"""
+
+import enum
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptdist.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
+from gptdist.engine.gradients import FlatGradients
+from gptdist.engine.groups import Groups
+from gptdist.engine.megatron import LocalParameter, Network
+from gptdist.engine.partition import FlatState, ParameterRange
+from gptdist.errors import TrainingDiverged
+from gptdist.model.parameters import decayed
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+import deepspeed  # noqa: E402
+from deepspeed.ops.op_builder import ShareMemCommBuilder  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+deepspeed_logger.setLevel(logging.ERROR)
+# On a CPU DeepSpeed would compile a shared-memory collective when it starts; gloo serves without a compiler.
+deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+class GradientFlow(enum.Enum):
+    FLAT = "flat"
+    EACH_MICRO_BATCH = "each micro-batch"
+    COALESCED = "coalesced"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did, the same on every rank."""
+
+    grad_norm: float  # before clipping; inf where the step was skipped
+    skipped: bool
+    loss_scale: float
+
+
+def choose_flow(parallel: ParallelConfig) -> tuple[GradientFlow, int]:
+    """The flow, and the stage DeepSpeed is given.
+
+    Stage 2 under a pipeline is stage 1 to DeepSpeed: a pipeline's schedule interleaves micro-batches, whole gradients stay
+    until its end, and there is nothing left for stage 2 to save. Stage 0 is stage 1 over a data group of one rank, after
+    a plain all-reduce: the same optimizer code, nothing partitioned.
+    """
+    pipelined = parallel.pipeline > 1
+    if parallel.zero_stage == 3:
+        return (GradientFlow.COALESCED if pipelined else GradientFlow.EACH_MICRO_BATCH), 3
+    if parallel.zero_stage == 2 and not pipelined:
+        return GradientFlow.EACH_MICRO_BATCH, 2
+    return (GradientFlow.COALESCED if parallel.offload_optimizer else GradientFlow.FLAT), 1
+
+
+class ZeroOptimizer:
+    """AdamW under ZeRO for one rank's network."""
+
+    def __init__(
+        self, network: Network, optimizer: OptimizerConfig, parallel: ParallelConfig, train: TrainConfig, local_rank: int
+    ) -> None:
+        self.network = network
+        self.precision = train.precision
+        self.flow, self.stage = choose_flow(parallel)
+        self.replicated = parallel.zero_stage == 0
+        groups = network.groups
+        data = groups.alone if self.replicated else groups.data
+        if self.flow is GradientFlow.EACH_MICRO_BATCH:
+            _sum_over_tensor_ranks_at_once(network)
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine insists on finding it there
+        config = deepspeed_config(optimizer, parallel, train, data.size(), self.flow, self.stage)
+        if self.stage == 3 and network.model.tie_embeddings and groups.layout.pipeline == 1:
+            _register_tied_output(network)
+        self.engine, *_ = deepspeed.initialize(
+            model=network.chunks,
+            optimizer=_build_adamw(network.parameters, optimizer),
+            mpu=_DeepSpeedTopology(groups, data),
+            dist_init_required=False,
+            config=config,
+        )
+        check_understood(self.engine, config)
+        self.states = self._stage3_states() if self.stage == 3 else self._stage12_states()
+        self._flat: list[FlatGradients] = []
+        if self.flow is GradientFlow.FLAT:
+            self._use_flat_gradients(data)
+        elif self.flow is GradientFlow.COALESCED and self.precision != "fp32":
+            for local in network.parameters:
+                local.parameter.grad_dtype = torch.float32
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, micro_batches: Tensor, learning_rate: float) -> tuple[Tensor, StepResult]:
+        """Forward, backward and update. Returns this rank's loss (see Network.forward_backward) and the step's result."""
+        for group in self.engine.optimizer.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._backward(micro_batches)
+        try:
+            self.engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise TrainingDiverged(f"fp16 loss scale is at its minimum and gradients still overflow: {error}") from error
+            raise
+        optimizer = self.engine.optimizer
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return loss, StepResult(norm, bool(optimizer.overflow), float(optimizer.loss_scale))
+
+    def _backward(self, micro_batches: Tensor) -> Tensor:
+        if self.flow is GradientFlow.FLAT:
+            for flat in self._flat:
+                flat.clear()
+            loss = self.network.forward_backward(micro_batches, self._scaled)
+            self._sum_shared_gradients()
+            for index, flat in enumerate(self._flat):
+                part = flat.reduce(scatter=not self.replicated)
+                self.engine.optimizer.averaged_gradients[index] = _as_deepspeed_partition(flat, part)
+            return loss
+        if self.flow is GradientFlow.COALESCED:
+            with self.engine.coalesce_grad_reduction():
+                loss = self.network.forward_backward(micro_batches, self.engine.scale)
+                self._sum_shared_gradients()
+                if getattr(self.engine.optimizer, "use_grad_accum_attribute", False):
+                    for local in self.network.parameters:
+                        local.parameter.grad_accum, local.parameter.grad = local.parameter.grad, None
+            return loss
+        total = torch.zeros((), device=self.network.device)
+        for seen, loss in enumerate(self.network.losses(micro_batches), start=1):
+            self.engine.optimizer.clear_backward_seen_flag()
+            self.engine.set_gradient_accumulation_boundary(seen == len(micro_batches))
+            self.engine.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.engine.optimizer.loss_scale if self.precision == "fp16" else loss
+
+    def _sum_shared_gradients(self) -> None:
+        """Over tensor ranks where each saw other tokens, over the embedding group where a tied weight stands twice."""
+        groups = self.network.groups
+        shared = [local.parameter.grad for local in self.network.parameters if local.sum_over_tensor_ranks]
+        if shared:
+            # One collective for all of them: they are small, and there are several in every layer.
+            merged = torch.cat([gradient.reshape(-1) for gradient in shared])
+            dist.all_reduce(merged, group=groups.tensor)
+            for gradient, summed in zip(shared, merged.split([g.numel() for g in shared]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        for local in self.network.parameters:
+            if local.tied and groups.embedding is not None:
+                dist.all_reduce(local.parameter.grad, group=groups.embedding)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def refresh_weights(self) -> None:
+        """Make the weights the network computes with follow the fp32 masters, after state was read."""
+        optimizer = self.engine.optimizer
+        if self.stage < 3:
+            optimizer.update_lp_params()
+            return
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def scaler_state(self) -> dict[str, float]:
+        """What the fp16 loss scaler remembers; empty in other precisions."""
+        scaler = self.engine.optimizer.loss_scaler
+        return {key: getattr(scaler, key) for key in _SCALER_FIELDS} if self.precision == "fp16" else {}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        """The inverse of `scaler_state`; an empty state leaves the first scale."""
+        for key in _SCALER_FIELDS if self.precision == "fp16" and state else ():
+            setattr(self.engine.optimizer.loss_scaler, key, state[key])
+
+    def _use_flat_gradients(self, data: dist.ProcessGroup) -> None:
+        optimizer = self.engine.optimizer
+        # DeepSpeed's own per-parameter hooks would walk the graph at every backward, for reductions it will not do.
+        for hook in optimizer._grad_acc_hooks:
+            hook.remove()
+        optimizer._grad_acc_hooks.clear()
+        for group, flat in zip(optimizer.bit16_groups, optimizer.bit16_groups_flat, strict=True):
+            self._flat.append(FlatGradients(group, flat.numel(), self.network.groups.data))
+
+    def _stage12_states(self) -> list[FlatState]:
+        optimizer = self.engine.optimizer
+        by_parameter = {id(local.parameter): local for local in self.network.parameters}
+        states = []
+        for index, group in enumerate(optimizer.bit16_groups):
+            size = optimizer.partition_size[index]
+            first = size * dist.get_rank(optimizer.real_dp_process_group[index])
+            ranges, position = [], 0
+            for parameter in group:
+                start, stop = max(position, first), min(position + parameter.numel(), first + size)
+                if start < stop:
+                    ranges.append(_range(by_parameter[id(parameter)], start - position, stop - start, start - first))
+                position += parameter.numel()
+            states.append(_adam_state(optimizer.optimizer, optimizer.single_partition_of_fp32_groups[index], ranges))
+        return states
+
+    def _stage3_states(self) -> list[FlatState]:
+        optimizer = self.engine.optimizer
+        by_parameter = {id(local.parameter): local for local in self.network.parameters}
+        rank = self.network.groups.data_rank
+        states = []
+        for index, group in enumerate(optimizer.fp16_groups):
+            ranges = []
+            for parameter in group:
+                _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                count = min(numel, parameter.ds_numel - rank * numel)
+                if count > 0:
+                    ranges.append(_range(by_parameter[id(parameter)], rank * numel, count, offset))
+            states.append(_adam_state(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat[index], ranges))
+        return states
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def deepspeed_config(
+    optimizer: OptimizerConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    data_ranks: int,
+    flow: GradientFlow,
+    stage: int,
+) -> dict[str, Any]:
+    """DeepSpeed's dict, derived from ours. Megatron counts micro-batches, so DeepSpeed sees one accumulation step."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": stage == 2,
+        "overlap_comm": False,
+        "reduce_bucket_size": 25_000_000,
+        "stage3_param_persistence_threshold": 10_000,
+        "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_batch_size": train.micro_batch_size * data_ranks,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip_norm,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam compiles when first used; torch's fused one does not
+        "steps_per_print": 1_000_000_000,
+    }
+    if train.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if train.precision == "fp16":
+        config["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": max(0, int(train.loss_scale).bit_length() - 1),
+            "loss_scale_window": train.loss_scale_window,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+    return config
+
+
+def check_understood(engine: Any, config: dict[str, Any]) -> None:
+    """DeepSpeed ignores keys it does not know without a word: ask it back what matters."""
+    understood = {
+        "gradient_clipping": engine.gradient_clipping(),
+        "communication_data_type": {torch.float32: "fp32"}.get(engine.communication_data_type),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "stage": int(engine.zero_optimization_stage()),
+        "bf16": engine.bfloat16_enabled(),
+        "fp16": engine.fp16_enabled(),
+        "offload_optimizer": engine.zero_offload_optimizer() is not None,
+        "grad_accum_dtype": {torch.float32: "fp32"}.get(engine.get_data_types()[1]),
+    }
+    asked = {
+        **{key: config[key] for key in ("gradient_clipping", "communication_data_type", "gradient_accumulation_steps")},
+        "stage": config["zero_optimization"]["stage"],
+        "bf16": "bf16" in config,
+        "fp16": "fp16" in config,
+        "offload_optimizer": "offload_optimizer" in config["zero_optimization"],
+        "grad_accum_dtype": config["data_types"]["grad_accum_dtype"],
+    }
+    wrong = {key: (asked[key], understood[key]) for key in asked if asked[key] != understood[key]}
+    if wrong:
+        raise RuntimeError(f"DeepSpeed understood its config otherwise than it was meant (asked, understood): {wrong}")
+
+
+class _DeepSpeedTopology:
+    """What DeepSpeed asks of an `mpu`: plain answers from our groups."""
+
+    def __init__(self, groups: Groups, data: dist.ProcessGroup) -> None:
+        layout = groups.layout
+        self._answers = {
+            "model_parallel": (groups.model, layout.tensor * layout.pipeline),
+            "data_parallel": (data, data.size()),
+            "tensor_model_parallel": (groups.tensor, layout.tensor),
+            "pipeline_model_parallel": (groups.pipeline, layout.pipeline),
+        }
+
+    def __getattr__(self, name: str) -> Callable[[], Any]:
+        for kind, (group, size) in self.__dict__.get("_answers", {}).items():
+            if name == f"get_{kind}_group":
+                return lambda: group
+            if name == f"get_{kind}_world_size":
+                return lambda: size
+            if name == f"get_{kind}_rank":
+                return group.rank
+            if name == f"get_{kind}_group_ranks":
+                return lambda: dist.get_process_group_ranks(group)
+        raise AttributeError(name)
+
+
+def _build_adamw(parameters: list[LocalParameter], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p.parameter for p in parameters if decayed(p.name)], "weight_decay": optimizer.weight_decay},
+        {"params": [p.parameter for p in parameters if not decayed(p.name)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        fused=True,
+    )
+
+
+def _adam_state(adam: torch.optim.Optimizer, master: Tensor, ranges: list[ParameterRange]) -> FlatState:
+    # Made before the first step, so that a checkpoint of step 0 has it too and loading never depends on a dummy step.
+    state = adam.state[master]
+    state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+    state["exp_avg"] = torch.zeros_like(master)
+    state["exp_avg_sq"] = torch.zeros_like(master)
+    return FlatState(master, state["exp_avg"], state["exp_avg_sq"], state["step"], ranges)
+
+
+def _range(local: LocalParameter, start: int, count: int, offset: int) -> ParameterRange:
+    shape = tuple(getattr(local.parameter, "ds_shape", local.parameter.shape))
+    return ParameterRange(local.pieces, shape, start, count, offset, local.owned)
+
+
+def _as_deepspeed_partition(flat: FlatGradients, part: Tensor) -> GradPartitionBufferGroup:
+    views = []
+    for parameter, view in flat.slices(part):
+        if parameter is None:
+            view._zero_padding = True  # DeepSpeed's word for "not part of the norm"
+        views.append(view)
+    return GradPartitionBufferGroup(views, part)
+
+
+def _sum_over_tensor_ranks_at_once(network: Network) -> None:
+    """As `_sum_shared_gradients`, but in each backward: hooks run in order, and DeepSpeed's come after these."""
+
+    def add_up(parameter: Tensor) -> None:
+        dist.all_reduce(parameter.grad, group=network.groups.tensor)
+
+    for local in network.parameters:
+        if local.sum_over_tensor_ranks:
+            local.parameter.register_post_accumulate_grad_hook(add_up)
+
+
+def _register_tied_output(network: Network) -> None:
+    chunk = network.chunks[0]
+    deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.word_embeddings.weight)

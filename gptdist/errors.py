@@ -1,0 +1,56 @@
+"""The errors gptdist raises on purpose, and the exit code each one stands for.
+
+Knows nothing of torch, files or ranks. Every message says what is wrong, the value, the rule, and what to change.
+The exit codes are a contract: 0 done, 2 the user's mistake, 75 stopped early and resumable, 93 do not requeue,
+1 anything else.
+"""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_MISTAKE = 2
+EXIT_RESUMABLE = 75
+EXIT_DO_NOT_REQUEUE = 93
+
+
+class GptdistError(Exception):
+    """Anything gptdist itself decided is wrong. `exit_code` is what the command returns for it."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(GptdistError):
+    """The user can mend this: a wrong path, value or combination."""
+
+    exit_code = EXIT_USER_MISTAKE
+
+
+class ConfigError(UserError):
+    """A run config breaks one or more rules; the message lists all of them."""
+
+
+class LayoutError(ConfigError):
+    """The parallel sizes do not fit the model or the world."""
+
+
+class CorpusError(UserError):
+    """A corpus, or the text it is built from, is missing, empty, damaged or of another tokenizer."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class LaunchError(UserError):
+    """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
+
+
+class StorageError(UserError):
+    """A disk is full or a folder cannot be written."""
+
+
+class RankFailed(GptdistError):
+    """A rank of this run ended with an error of its own; the launcher shows the first one."""
+
+
+class TrainingDiverged(GptdistError):
+    """Too many steps in a row had a non-finite loss or gradient."""

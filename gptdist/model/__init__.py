@@ -1,0 +1,1 @@
+"""What the network is: its logical parameters, norms, attention and initial weights. Knows no parallelism."""

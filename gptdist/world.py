@@ -1,0 +1,35 @@
+"""Where this process stands among the processes of a run: one frozen value, made by `launch/rendezvous.py`.
+
+Knows no launcher and reads no environment variable; the library is handed a `World`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's place. `local_rank` counts within the node; `master_address:master_port` is where ranks meet.
+
+    `listen_fd`: on the first rank, a socket that already listens there (so that no one else can take the port between
+    choosing it and using it); -1 where there is none yet.
+    """
+
+    global_rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    master_address: str = "127.0.0.1"
+    master_port: int = 0
+    launcher: str = "single"
+    listen_fd: int = -1
+
+    @property
+    def is_one_node(self) -> bool:
+        """Whether every rank runs on this machine, so that no socket needs to leave the loopback interface."""
+        return self.local_world_size == self.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0, the one that prints and writes what is written once."""
+        return self.global_rank == 0

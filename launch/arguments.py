@@ -1,0 +1,170 @@
+"""The grammar of the `gptdist` command: subcommands, options, and what to answer when one is misspelt.
+
+Imports nothing heavy, so that `gptdist --help` and mistakes answer at once. What a subcommand does is `cli.py`'s.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gptdist.config.units import parse_bytes
+
+EPILOG = """exit codes: 0 done, 1 failed, 2 a mistake to mend, 75 stopped early and resumable, 93 do not requeue
+Under torchrun, srun or mpirun, `gptdist train` is one rank. GPTDIST_DEBUG=1 shows tracebacks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the nearest valid word for a misspelt subcommand or option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **kwargs)
+        self.subcommands: list[str] = []
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        if wrong and wrong.group(1) not in self.subcommands and self.subcommands:
+            message = f"there is no command `{self.prog} {wrong.group(1)}`.{_nearest(wrong.group(1), self.subcommands)}"
+            message += f" Commands: {', '.join(self.subcommands)}."
+        print(f"error: {message}\n\n{self.format_usage().rstrip()}", file=sys.stderr)
+        sys.exit(2)
+
+    def reject(self, unknown: Sequence[str]) -> NoReturn:
+        """End with an error about arguments this command does not know."""
+        options = [option for action in self._actions for option in action.option_strings]
+        hints = "".join(_nearest(word.partition("=")[0], options) for word in unknown if word.startswith("-"))
+        self.error(f"`{self.prog}` does not know {' '.join(unknown)}.{hints}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; `command` says which it is. Exits 2 with one error where it cannot be read."""
+    parsed, rest = build_parser().parse_known_args(argv)
+    if parsed.command == "train":
+        # argparse gives up on positional arguments once options follow them.
+        parsed.overrides = [*parsed.overrides, *(word for word in rest if not word.startswith("-"))]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parsed.parser.reject(rest)
+    return parsed
+
+
+def build_parser() -> Parser:
+    """The whole command."""
+    parser = Parser(prog="gptdist", description="Pretrain GPT models from raw text, on any layout.", epilog=EPILOG)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="first_word")
+    _add_train(parser, commands)
+    _add_data(parser, commands)
+    _add_generate(parser, commands)
+    _add_eval(parser, commands)
+    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list")
+    listing = _add(
+        checkpoints,
+        checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
+        "list",
+        "one a line",
+    )
+    listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
+    _add(parser, commands, "doctor", "what this machine has, and what that means for training")
+    return parser
+
+
+def _add_train(parser: Parser, commands: Any) -> None:
+    train = _add(parser, commands, "train", "train, or resume, the run that CONFIG describes")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/runs/quickstart.yaml")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file's"
+    )
+    train.add_argument("--nproc", type=_positive, metavar="N", help="start N ranks on this machine (default: 1)")
+    train.add_argument("--fresh", action="store_true", help="ignore checkpoints of an earlier run")
+    train.add_argument("--print-config", action="store_true", help="show every setting and its origin, and stop")
+
+
+def _add_data(parser: Parser, commands: Any) -> None:
+    data = _add(parser, commands, "data", "corpora: build, verify, show")
+    subcommands = data.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
+    build = _add(data, subcommands, "build", "make a corpus of token shards from text")
+    build.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="text files, .jsonl files or folders")
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the corpus; must not exist yet")
+    build.add_argument("--tokenizer", required=True, metavar="SPEC", help="bytes, train:SIZE, or a HF tokenizer.json")
+    build.add_argument("--end-of-text", metavar="TOKEN", help="the tokenizer's token that ends a document")
+    build.add_argument("--validation", action="append", type=Path, metavar="SOURCE", help="held-out text; repeatable")
+    build.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="documents held out otherwise (default: 0.05)"
+    )
+    build.add_argument("--seed", type=int, metavar="N", help="key of the order of documents (default: 1234)")
+    build.add_argument("--max-bytes", type=_bytes, metavar="SIZE", help="take a sample of at most this much text: 50MB")
+    build.add_argument(
+        "--suffixes", type=_words, metavar=".A,.B", help="files to take from folders (default: .txt,.py,...)"
+    )
+    build.add_argument("--exclude", type=_words, metavar="A,B", help="names of folders to pass over")
+    build.add_argument(
+        "--text-field", metavar="NAME", help="field of a .jsonl line that holds the text (default: text)"
+    )
+    build.add_argument("--on-bad-text", choices=("error", "skip"), help="a document that is not UTF-8 (default: error)")
+    build.add_argument("--chunk-tokens", type=_positive, metavar="N", help="tokens in one sample of a shard")
+    build.add_argument("--shard-bytes", type=_bytes, metavar="SIZE", help="size of one shard")
+    for name, what in (("verify", "check every byte of a corpus"), ("show", "totals, tokenizer and a piece of text")):
+        _add(data, subcommands, name, what).add_argument("corpus", type=Path, metavar="CORPUS_DIR")
+
+
+def _add_generate(parser: Parser, commands: Any) -> None:
+    generate = _add(parser, commands, "generate", "continue a prompt with a trained model")
+    generate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    generate.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens to add (default: 64)")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=0.8, metavar="T", help="0: likeliest (default: 0.8)"
+    )
+    generate.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K likeliest tokens only")
+    generate.add_argument("--seed", type=int, default=1234, metavar="N")
+
+
+def _add_eval(parser: Parser, commands: Any) -> None:
+    evaluate = _add(parser, commands, "eval", "loss, perplexity and bits per byte on held-out text")
+    evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
+    evaluate.add_argument("--corpus", type=Path, metavar="DIR", help="default: the one it was trained on")
+    evaluate.add_argument("--samples", type=_positive, metavar="N", help="held-out windows (default: all)")
+
+
+def _add(parent: Parser, commands: Any, name: str, summary: str) -> Parser:
+    parent.subcommands.append(name)
+    added: Parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    words = [parent.get_default("command"), name] if parent.get_default("command") else [name]
+    added.set_defaults(command=" ".join(words), parser=added)
+    return added
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    found = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def _typed(parse: Callable[[str], Any], text: str, accepts: Callable[[Any], bool], rule: str) -> Any:
+    try:
+        value = parse(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return int(_typed(int, text, lambda value: value >= 1, "must be a whole number of at least 1"))
+
+
+def _temperature(text: str) -> float:
+    return float(_typed(float, text, lambda value: 0 <= value < float("inf"), "must be a number of at least 0"))
+
+
+def _bytes(text: str) -> int:
+    rule = "must be a size such as 5000000, 50MB or 2GiB"
+    return int(_typed(lambda word: int(word) if word.isdecimal() else parse_bytes(word), text, lambda n: n > 0, rule))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -1,0 +1,122 @@
+"""The `gptdist` command: START HERE. Reads the command line, does what it says, answers with one clear error or none.
+
+Loads what a subcommand needs only when it runs. Knows how a run is begun (here, or as one rank of an outer launcher);
+what a rank then does is in `train.py`.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, GptdistError
+from gptdist.world import World
+from launch.arguments import parse_arguments
+from launch.outer import find_world
+from launch.verdict import EXIT_INTERRUPTED
+
+HANDLERS = {
+    "train": "launch.cli:train",
+    "data build": "launch.data:build",
+    "data verify": "launch.data:verify",
+    "data show": "launch.data:show",
+    "generate": "launch.generate:main",
+    "eval": "launch.evaluate:main",
+    "ckpt list": "launch.ckpt:main",
+    "doctor": "launch.doctor:main",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (`gptdist/errors.py` lists them)."""
+    args = parse_arguments(argv)
+    module, _, function = HANDLERS[args.command].partition(":")
+    try:
+        handler: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
+        code = handler(args) or EXIT_DONE
+        sys.stdout.flush()
+        return code
+    except GptdistError as error:
+        show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter's own flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def show_error(error: GptdistError) -> None:
+    """`error: ...` on stderr; the traceback only where GPTDIST_DEBUG asks for it."""
+    if os.environ.get("GPTDIST_DEBUG"):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def train(args: argparse.Namespace) -> int:
+    """`gptdist train`: one rank under torchrun, srun or mpirun; otherwise `--nproc` ranks started here."""
+    from gptdist.config.check import check_run
+    from gptdist.config.load import load_run, render_config
+
+    world = find_world(os.environ, nproc=args.nproc)
+    nproc = args.nproc or 1
+    try:
+        loaded = load_run(args.config, args.overrides)
+        if args.print_config:
+            if world is None or world.is_first:
+                print(render_config(loaded), end="")
+            return EXIT_DONE
+        check_run(loaded.config, world.world_size if world else nproc, loaded.origins)
+    except GptdistError as error:
+        if world is not None and world.local_rank > 0:
+            return error.exit_code  # the node's first rank reads the same file and says the same
+        raise
+    if world is not None:
+        return _train_under_launcher(
+            loaded, find_world(os.environ, port=loaded.config.launch.port) or world, args.fresh
+        )
+    if nproc == 1:
+        signal.signal(signal.SIGINT, _stop_and_save)
+        return run_rank(World(), (loaded, args.fresh))
+
+    from launch.local import ENGINES, launch_local
+
+    preload = (*ENGINES, "launch.train")
+    return launch_local(nproc, run_rank, (loaded, args.fresh), preload=preload, port=loaded.config.launch.port)
+
+
+def run_rank(world: World, payload: tuple[Any, bool]) -> int:
+    """One rank of a run. `payload`: the loaded run, and whether to ignore checkpoints."""
+    from launch import train as training
+
+    loaded, fresh = payload
+    return int(training.run_rank(loaded, world, fresh=fresh))
+
+
+def _train_under_launcher(loaded: Any, world: World, fresh: bool) -> int:
+    try:
+        return run_rank(world, (loaded, fresh))
+    except GptdistError as error:
+        if not world.is_first and str(error).startswith("[rank "):
+            return error.exit_code  # another rank's error, agreed on by all; the first rank shows it
+        raise
+
+
+def _stop_and_save(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C on a single rank: what TERM does, once the training loop answers TERM; the next one ends it at once."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        raise KeyboardInterrupt
+    print("stopping: saves and exits; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+    signal.raise_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
