@@ -86,18 +86,18 @@ def train(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGINT, _stop_and_save)
         return run_rank(World(), (loaded, args.fresh))
 
-    from launch.local import ENGINES, launch_local
+    from launch.local import launch_local
 
-    preload = (*ENGINES, "launch.train")
+    preload = ("launch.train",)
     return launch_local(nproc, run_rank, (loaded, args.fresh), preload=preload, port=loaded.config.launch.port)
 
 
 def run_rank(world: World, payload: tuple[Any, bool]) -> int:
     """One rank of a run. `payload`: the loaded run, and whether to ignore checkpoints."""
-    from launch import train as training
+    from launch.train import run_rank as train_rank
 
     loaded, fresh = payload
-    return int(training.run_rank(loaded, world, fresh=fresh))
+    return train_rank(loaded, world, fresh=fresh)
 
 
 def _train_under_launcher(loaded: Any, world: World, fresh: bool) -> int:

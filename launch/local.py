@@ -127,9 +127,13 @@ def _catch_signals() -> Iterator[_Signals]:
 
 
 def _preload(modules: Sequence[str]) -> None:
-    for module in modules:
-        with suppress(Exception):  # a rank that needs it will say so, with its own traceback
-            importlib.import_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # what engines say of optional parts they miss when imported is not about the run
+        for module in modules:
+            with suppress(Exception):  # a rank that needs it will say so, with its own traceback
+                importlib.import_module(module)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise LaunchError(

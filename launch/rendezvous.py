@@ -204,7 +204,7 @@ def _settle_over_mpi(world: World) -> World:
     message = bytearray(512)
     listener, problem = None, ""
     if world.is_first:
-        address = LOOPBACK if world.is_one_node else socket.gethostbyname(socket.gethostname())
+        address = LOOPBACK if world.is_one_node else _own_address()
         try:
             listener = open_listener(LOOPBACK if world.is_one_node else "", world.master_port)
             found = f"{address} {listener.getsockname()[1]}"
@@ -218,3 +218,13 @@ def _settle_over_mpi(world: World) -> World:
     return replace(
         world, master_address=words[0], master_port=int(words[1]), listen_fd=listener.detach() if listener else -1
     )
+
+
+def _own_address() -> str:
+    """How other nodes reach this one: its address, or its name where that resolves to a loopback address here."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return name
+    return name if address.startswith("127.") else address

@@ -102,7 +102,7 @@ class InferenceEngine:
 
 
 class TrainEngine(InferenceEngine):
-    """A network and its optimizer under one layout. Call `initialise` or `load` before the first step."""
+    """A network and its optimizer under one layout. Call `initialise`, or `read` and `refresh`, before the first step."""
 
     def __init__(
         self,
@@ -139,7 +139,8 @@ class TrainEngine(InferenceEngine):
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""
-        self._read(_InitialWeights(self.model, self.seed), kinds=("weight",))
+        read_state(self.zero.states, _InitialWeights(self.model, self.seed), kinds=("weight",))
+        self.refresh()
 
     def fragments(self) -> list[Fragment]:
         """Views of everything this rank writes to a checkpoint: fp32 weights and both Adam moments."""
@@ -151,15 +152,15 @@ class TrainEngine(InferenceEngine):
         """What else a restart needs, JSON: optimizer steps taken and the loss scaler. Random state is keyed, not kept."""
         return {"optimizer_steps": int(self.zero.states[0].step.item()), "loss_scaler": self.zero.scaler_state()}
 
-    def load(self, source: StateSource, state: dict[str, Any]) -> None:
-        """Take up `fragments` and `state` of any layout."""
-        self._read(source)
+    def read(self, source: StateSource, state: dict[str, Any]) -> None:
+        """Take up `fragments` and `state` of any layout. No collective, so that ranks can agree on what went wrong."""
+        read_state(self.zero.states, source)
         for flat in self.zero.states:
             flat.step.fill_(state["optimizer_steps"])
         self.zero.load_scaler_state(state["loss_scaler"])
 
-    def _read(self, source: StateSource, **kinds: tuple[str, ...]) -> None:
-        read_state(self.zero.states, source, **kinds)
+    def refresh(self) -> None:
+        """After `read`, on all ranks: the weights computed with follow the fp32 masters."""
         self.zero.refresh_weights()
 
 

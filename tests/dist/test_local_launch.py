@@ -33,6 +33,7 @@ def start(nproc: int, target: Callable[[World, str], int | None], payload: str =
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -171,7 +172,10 @@ def test_a_killed_rank_is_named() -> None:
 def test_signals_reach_every_rank(sent: signal.Signals, received: str, tmp_path: Path) -> None:
     process = start(2, wait_for_signal, str(tmp_path))
     await_files(tmp_path, 2, "ready-*")
-    process.send_signal(sent)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # a terminal sends Ctrl-C to the ranks as well
+    else:
+        process.send_signal(sent)
     process.communicate(timeout=20)
     assert process.returncode == 75
     assert [path.read_text() for path in sorted(tmp_path.glob("seen-*"))] == [received] * 2
