@@ -95,8 +95,8 @@ def build_corpus(
         dtype = "uint16" if ready.vocab_size < 1 << 16 else "uint32"
         splits: dict[str, SplitInfo] = {}
         for name, documents in (("train", train), ("validation", validation)):
-            writer = SplitWriter(folder, name, dtype, ready.end_of_text, chunk_tokens, shard_bytes)
-            splits[name] = _write_split(writer, name, documents, ready, options, report)
+            with SplitWriter(folder, name, dtype, ready.end_of_text, chunk_tokens, shard_bytes) as writer:
+                splits[name] = _write_split(writer, name, documents, ready, options, report)
         return _write_manifest(folder, ready, dtype, splits, build)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import mmap
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class SplitWriter:
     """Collects documents into chunks of about `chunk_tokens`, and chunks into shards of at most about `shard_bytes`.
 
     A document is never cut: one that is larger than a chunk is a chunk of its own. `close` gives the split's manifest
-    entry.
+    entry; leaving the `with` block without it drops what is open.
     """
 
     def __init__(
@@ -55,6 +56,13 @@ class SplitWriter:
         self._shard: _OpenShard | None = None
         self._shards: list[ShardInfo] = []
         self._records: list[ChunkRecord] = []
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shard:
+            self._shard.drop()
 
     def add(self, key: str, ids: np.ndarray, text_bytes: int) -> None:
         """Append a document; its end-of-text id is added here."""
@@ -125,6 +133,10 @@ class _OpenShard:
         self._tar.write({"__key__": key, **members})
         self.written.append(_Written(tokens, documents, sample_offset, tokens_offset))
 
+    def drop(self) -> None:
+        """Close the file as it is, after an error."""
+        self._file.drop()
+
     def close(self, shard_number: int) -> tuple[ShardInfo, list[ChunkRecord]]:
         self._tar.close()
         self._file.close_durably()
@@ -166,6 +178,11 @@ class _TarFile:
         except OSError:
             self._failed = True
             raise
+
+    def drop(self) -> None:
+        self._failed = True
+        with suppress(OSError):
+            self._file.close()
 
     def close_durably(self) -> None:
         self._file.flush()

@@ -65,7 +65,7 @@ def build_parser() -> Parser:
         checkpoints,
         checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
         "list",
-        "one a line",
+        "the checkpoints, one a line",
     )
     listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
     _add(parser, commands, "doctor", "what this machine has, and what that means for training")

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from gptdist.errors import EXIT_DONE, EXIT_USER_MISTAKE
+from gptdist.errors import EXIT_DONE, EXIT_FAILED
 
 REDRAW_SECONDS = 0.2
 
@@ -43,7 +43,7 @@ def build(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Print every problem found; exit 2 if there is one."""
+    """Print every problem found; exit 1 if there is one."""
     from data_tools.verify import verify_corpus
 
     problems = verify_corpus(args.corpus)
@@ -51,7 +51,7 @@ def verify(args: argparse.Namespace) -> int:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
         print(f"{args.corpus}: every byte is as it was built")
-    return EXIT_USER_MISTAKE if problems else EXIT_DONE
+    return EXIT_FAILED if problems else EXIT_DONE
 
 
 def show(args: argparse.Namespace) -> int:

@@ -24,8 +24,8 @@ from launch.rendezvous import LOOPBACK, open_listener
 from launch.verdict import EXIT_INTERRUPTED
 from launch.watch import RunningRank, Watch, kill_ranks
 
-ENGINES = ("torch", "torch.distributed", "deepspeed", "megatron.core")
-"""What a training rank imports; seconds each, so imported once, before the fork."""
+ENGINES = ("gptdist.engine.engine",)
+"""What a training rank imports; seconds, so imported once, before the fork."""
 
 
 class _Stopped(BaseException):
@@ -127,13 +127,9 @@ def _catch_signals() -> Iterator[_Signals]:
 
 
 def _preload(modules: Sequence[str]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what engines say of optional parts they miss when imported is not about the run
-        for module in modules:
-            with suppress(Exception):  # a rank that needs it will say so, with its own traceback
-                importlib.import_module(module)
+    for module in modules:
+        with suppress(Exception):  # a rank that needs it will say so, with its own traceback
+            importlib.import_module(module)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise LaunchError(

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import torch
 
-from gptdist.checkpoint.folder import storage_error
+from gptdist.checkpoint.folder import free_bytes, write_durably
 from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun, render_config
 from gptdist.config.sections import RunConfig
-from gptdist.data.loader import BatchLoader
+from gptdist.data.loader import BatchLoader, held_out_batches
 from gptdist.data.order import WindowOrder
 from gptdist.data.reader import TokenReader
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import TrainEngine
-from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CorpusError
+from gptdist.engine.zero import memory_note
+from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CorpusError, StorageError
 from gptdist.layout import Layout
 from gptdist.model.parameters import flops_per_token, parameter_count
 from gptdist.monitor.console import RunHeader, render_run_header
@@ -38,7 +39,7 @@ from gptdist.train.progress import (
     run_state,
 )
 from gptdist.train.sample import generate
-from gptdist.train.schedule import total_samples
+from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
 from launch.rendezvous import join, leave
 
@@ -65,10 +66,7 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
     try:
         with comms.together():
             data = open_data(config)
-        with comms.together():
-            if comms.is_first:
-                write_run_folder(Path(config.launch.run_dir), loaded, data)
-        return _train(config, layout, world, comms, data, fresh)
+        return _train(loaded, layout, world, comms, data, fresh)
     finally:
         leave()
 
@@ -100,9 +98,12 @@ def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (run_dir / name).write_bytes(content)
+            write_durably(run_dir / name, content)
     except OSError as error:
-        raise storage_error(error, run_dir, sum(map(len, files.values()))) from error
+        raise StorageError(
+            f"cannot write the run's folder {run_dir}: {error.strerror or error}. Set launch.run_dir to a folder that this "
+            "user can write, on a disk with room."
+        ) from error
 
 
 def checkpoints_dir(config: RunConfig) -> Path:
@@ -110,13 +111,20 @@ def checkpoints_dir(config: RunConfig) -> Path:
     return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
 
 
-def _train(config: RunConfig, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool) -> int:
+def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool) -> int:
+    config = loaded.config
     engine = TrainEngine(config.model, config.optimizer, config.parallel, config.train, layout, world)
     try:
         progress, resumed_from = _take_up(config, engine, comms, data, fresh)
+        done = progress.step >= config.train.steps
+        if not done:
+            _check_before_writing(config, layout, engine, comms, data, progress)
+            _write_first(loaded, comms, data, fresh)
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, progress, resumed_from)), flush=True)
-        if progress.step >= config.train.steps:
+            if note := memory_note(config.parallel):
+                print(f"note    {note}", flush=True)
+        if done:
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
@@ -140,12 +148,7 @@ def _take_up(
     config: RunConfig, engine: TrainEngine, comms: Comms, data: RunData, fresh: bool
 ) -> tuple[Progress, str | None]:
     """The newest good checkpoint's state in the engine, or initial weights. Returns where the run is, and from what."""
-    folder = checkpoints_dir(config)
-    if fresh:
-        moved = set_aside_checkpoints(folder, comms)
-        if moved and comms.is_first:
-            print(f"--fresh: earlier checkpoints are now in {moved}", flush=True)
-    found = find_latest(folder, comms)
+    found = None if fresh else find_latest(checkpoints_dir(config), comms)
     if found is None:
         engine.initialise()
         return Progress(), None
@@ -160,6 +163,48 @@ def _take_up(
             engine.read(checkpoint, checkpoint.state["engine"])
         engine.refresh()
         return restored_progress(checkpoint.state), str(checkpoint.path)
+
+
+def _check_before_writing(
+    config: RunConfig, layout: Layout, engine: TrainEngine, comms: Comms, data: RunData, progress: Progress
+) -> None:
+    """What can still be the user's mistake, while no file was made or changed: damaged data, a disk too small."""
+    with comms.together():
+        loader = _build_loader(config, layout, engine, data)
+        try:
+            loader.start(progress.samples, lambda sample: batch_size_at(sample, config.train, config.schedule))
+            loader.next()
+        finally:
+            loader.close()
+        if data.validation:
+            length, train = config.model.sequence_length, config.train
+            rank, size = engine.groups.data_rank, layout.data
+            for _ in held_out_batches(data.validation, length, train.eval_samples, train.micro_batch_size, rank, size):
+                pass
+        if comms.is_first:
+            _check_room(config)
+
+
+def _check_room(config: RunConfig) -> None:
+    """Raise StorageError where not even one checkpoint fits: weights and two moments, 4 bytes each."""
+    folder = checkpoints_dir(config)
+    needed, free = 12 * parameter_count(config.model), free_bytes(folder)
+    if free < needed:
+        raise StorageError(
+            f"{folder} has room for {free:,} bytes, one checkpoint of this model needs {needed:,}. Free some space, or set "
+            "checkpoint.dir to a larger disk."
+        )
+
+
+def _write_first(loaded: LoadedRun, comms: Comms, data: RunData, fresh: bool) -> None:
+    """The run's folder; with `fresh`, what was in its way is set aside."""
+    config = loaded.config
+    moved = set_aside_checkpoints(checkpoints_dir(config), comms) if fresh else None
+    with comms.together():
+        if comms.is_first:
+            write_run_folder(Path(config.launch.run_dir), loaded, data)
+    if moved and comms.is_first:
+        print(f"--fresh: earlier checkpoints are now in {moved}", flush=True)
 
 
 def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from gptdist.checkpoint.manifest import MANIFEST
 from gptdist.checkpoint.read import Checkpoint, find_latest
@@ -40,7 +41,7 @@ class Trained:
 def open_trained(path: Path) -> Iterator[Trained]:
     """Load the newest good checkpoint at `path` (or `path` itself, if it is one). Raises CheckpointError."""
     with open_checkpoint(path) as checkpoint:
-        config = RunConfig.model_validate(checkpoint.state["config"])
+        config = _config(checkpoint)
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
         tokenizer = _tokenizer(path, checkpoint, config)
         on_gpu = torch.cuda.is_available()
@@ -72,6 +73,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
         "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
     )
+
+
+def _config(checkpoint: Checkpoint) -> RunConfig:
+    try:
+        return RunConfig.model_validate(checkpoint.state["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{checkpoint.path} was saved by another version of gptdist ({checkpoint.state['versions'].get('gptdist')}): its "
+            f"config's {'.'.join(map(str, first['loc']))} is not understood here ({first['msg']}). Use that version."
+        ) from error
 
 
 def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:

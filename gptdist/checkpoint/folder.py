@@ -141,11 +141,16 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str | None:
     return None if digest == sha256 else f"{path} has sha256 {digest[:16]}..., the manifest says {sha256[:16]}..."
 
 
+def free_bytes(path: Path) -> int:
+    """Room on the disk where `path` is or would be made."""
+    existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
+    return shutil.disk_usage(existing).free
+
+
 def storage_error(error: OSError, path: Path, needed_bytes: int) -> StorageError:
     """The error to raise for `error`, met while writing `needed_bytes` to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next((folder for folder in path.parents if folder.exists()), Path("/"))
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(path)
         limit = "the disk is full" if error.errno == errno.ENOSPC else "the quota is used up"
         return StorageError(
             f"cannot write {path}: {limit}. This file needs {needed_bytes:,} bytes, {free:,} are free. "

@@ -194,23 +194,20 @@ def rule_batch_ramp(config: RunConfig, world_size: int) -> Iterator[Broken]:
 
 
 def rule_zero_options(config: RunConfig, world_size: int) -> Iterator[Broken]:
-    """Offload moves ZeRO's partitions; per-micro-batch reduction frees what stages 2 and 3 partition."""
+    """Offload moves ZeRO's partitions, so there must be some."""
     parallel = config.parallel
     if parallel.offload_optimizer and parallel.zero_stage == 0:
         text = "parallel.offload_optimizer (true) needs parallel.zero_stage 1, 2 or 3; it is 0. Set it to 1."
         yield Broken(text, ("parallel.offload_optimizer", "parallel.zero_stage"))
-    if parallel.reduce == "micro_batch" and parallel.zero_stage < 2:
-        text = (
-            f"parallel.reduce micro_batch needs parallel.zero_stage 2 or 3; it is {parallel.zero_stage}, which keeps "
-            "whole gradients anyway. Set parallel.zero_stage: 2, or parallel.reduce: step."
-        )
-        yield Broken(text, ("parallel.reduce", "parallel.zero_stage"))
-    if parallel.reduce == "micro_batch" and parallel.pipeline > 1:
-        text = (
-            f"parallel.reduce micro_batch needs parallel.pipeline 1; it is {parallel.pipeline}. "
-            "Set parallel.reduce: step, or parallel.pipeline: 1."
-        )
-        yield Broken(text, ("parallel.reduce", "parallel.pipeline"))
+
+
+def rule_loss_scale(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """The fp16 loss scale is doubled and halved: only powers of two leave the bits of a gradient as they are."""
+    scale = config.train.loss_scale
+    if scale & (scale - 1):
+        lower = 1 << scale.bit_length() - 1
+        text = f"train.loss_scale ({scale}) is not a power of two. Use {lower} or {2 * lower}."
+        yield Broken(text, ("train.loss_scale",))
 
 
 def rule_schedule_order(config: RunConfig, world_size: int) -> Iterator[Broken]:
@@ -266,6 +263,7 @@ RULES: tuple[Rule, ...] = (
     rule_batch_divides,
     rule_batch_ramp,
     rule_zero_options,
+    rule_loss_scale,
     rule_schedule_order,
     rule_learning_rates,
     rule_stop_after,

@@ -74,11 +74,6 @@ class ParallelConfig(Section):
     virtual_pipeline: PositiveInt = Field(1, description="Model chunks a pipeline stage holds (interleaved 1F1B).")
     sequence: bool = Field(False, description="Megatron's sequence parallel; needs tensor > 1.")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    reduce: Literal["step", "micro_batch"] = Field(
-        "step",
-        description="When ZeRO reduces gradients: once a step (fastest), or every micro-batch "
-        "(stages 2 and 3 then hold no whole gradients).",
-    )
     offload_optimizer: bool = Field(False, description="Optimizer state and step on the CPU (ZeRO 1 to 3).")
 
 
@@ -127,7 +122,7 @@ class TrainConfig(Section):
     eval_interval: NonNegativeInt = Field(200, description="Steps between evaluations; 0: only at the end.")
     eval_samples: PositiveInt = Field(64, description="Held-out windows per evaluation, at most what there is.")
     max_skipped_steps: PositiveInt = Field(10, description="Non-finite steps in a row that end the run with exit 1.")
-    loss_scale: PositiveFloat = Field(65536.0, description="First fp16 loss scale.")
+    loss_scale: PositiveInt = Field(65536, description="First fp16 loss scale, a power of two.")
     loss_scale_window: PositiveInt = Field(1000, description="Good steps before the fp16 loss scale doubles.")
 
 

@@ -163,6 +163,11 @@ class TrainEngine(InferenceEngine):
         """After `read`, on all ranks: the weights computed with follow the fp32 masters."""
         self.zero.refresh_weights()
 
+    def close(self) -> None:
+        """Also undo DeepSpeed's hooks, through which every parameter would keep the engine and its groups alive."""
+        self.zero.close()
+        super().close()
+
 
 class _InitialWeights:
     """A StateSource of step 0. Keeps the last tensor drawn: its boxes are asked for one after the other."""

@@ -100,8 +100,10 @@ class Network:
         self.config = _transformer_config(model, train, groups.layout)
         self.chunks = nn.ModuleList(
             _build_chunk(self.config, model, groups, chunk) for chunk in range(groups.layout.virtual_pipeline)
-        ).to(self.device)
+        ).to(self.device, self.dtype)  # position embeddings too, which Megatron leaves in fp32
         self.parameters = list(self._local_parameters())
+        # Megatron enters its stream for sequence-parallel embeddings even where nothing is dropped, as in evaluation.
+        self.seed_dropout(train.seed, 0)
 
     def _local_parameters(self) -> Iterator[LocalParameter]:
         layout, model = self.groups.layout, self.model
@@ -173,7 +175,7 @@ class Network:
         outputs = self._run(padded.unsqueeze(0), None, forward_only=True)
         if not outputs:
             return torch.empty(0, device=self.device)
-        return outputs[0][:, :length, : self.model.vocab_size].float()
+        return outputs[0][:, :length, : self.model.vocab_size].float().contiguous()
 
     def _run(self, micro_batches: Tensor, loss: "Callable[[Tensor], tuple[Tensor, Tensor]] | None", forward_only: bool) -> list:
         """Through Megatron's schedule. `loss` None: collect logits, and micro_batches have no labels."""
@@ -250,17 +252,38 @@ def _build_chunk(config: TransformerConfig, model: ModelConfig, groups: Groups, 
     return network
 
 
+class _ColumnLinear(ColumnParallelLinear):
+    """Megatron's linear layer; where it is not split, torch's, which adds the bias inside the matrix product.
+
+    Megatron's makes another pass over the output for the bias, or leaves that to the layer that follows.
+    """
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.tp_group.size() > 1:
+            return super().forward(hidden, *args, **kwargs)
+        return F.linear(hidden, self.weight, self.bias), None
+
+
+class _RowLinear(RowParallelLinear):
+    """As `_ColumnLinear`."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.tp_group.size() > 1:
+            return super().forward(hidden)
+        return F.linear(hidden, self.weight, self.bias), None
+
+
 def _norm(model: ModelConfig) -> type[nn.Module]:
     return LayerNorm if model.norm == "layernorm" else RMSNorm
 
 
 def _layer_spec(model: ModelConfig) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=_ColumnLinear,
         core_attention=ModuleSpec(
             module=CausalAttention, params={"dropout_stream": lambda: get_cuda_rng_tracker().fork()}
         ),
-        linear_proj=RowParallelLinear,
+        linear_proj=_RowLinear,
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
@@ -269,7 +292,7 @@ def _layer_spec(model: ModelConfig) -> ModuleSpec:
         self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=_norm(model),
-        mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=_ColumnLinear, linear_fc2=_RowLinear)),
         mlp_bda=get_bias_dropout_add,
     )
     return ModuleSpec(TransformerLayer, submodules=layer)

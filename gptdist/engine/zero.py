@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from gptdist.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.gradients import FlatGradients
 from gptdist.engine.groups import Groups
-from gptdist.engine.megatron import LocalParameter, Network
+from gptdist.engine.megatron import DTYPES, LocalParameter, Network
 from gptdist.engine.partition import FlatState, ParameterRange
 from gptdist.errors import TrainingDiverged
 from gptdist.model.parameters import decayed
@@ -69,6 +70,17 @@ def choose_flow(parallel: ParallelConfig) -> tuple[GradientFlow, int]:
     return (GradientFlow.COALESCED if parallel.offload_optimizer else GradientFlow.FLAT), 1
 
 
+def memory_note(parallel: ParallelConfig) -> str | None:
+    """What a chosen stage does not save, where a pipeline keeps it from saving what its name promises; else None."""
+    if parallel.pipeline == 1 or parallel.zero_stage < 2:
+        return None
+    saves = "optimizer state, as ZeRO 1" if parallel.zero_stage == 2 else "optimizer state and weights"
+    return (
+        f"ZeRO {parallel.zero_stage} under a pipeline saves {saves}, but no gradient memory: micro-batches are in flight on "
+        "all stages, so whole gradients stay on each rank until the step's end"
+    )
+
+
 class ZeroOptimizer:
     """AdamW under ZeRO for one rank's network."""
 
@@ -81,8 +93,7 @@ class ZeroOptimizer:
         self.replicated = parallel.zero_stage == 0
         groups = network.groups
         data = groups.alone if self.replicated else groups.data
-        if self.flow is GradientFlow.EACH_MICRO_BATCH:
-            _sum_over_tensor_ranks_at_once(network)
+        self._hooks = _sum_over_tensor_ranks_at_once(network) if self.flow is GradientFlow.EACH_MICRO_BATCH else []
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine insists on finding it there
         config = deepspeed_config(optimizer, parallel, train, data.size(), self.flow, self.stage)
         if self.stage == 3 and network.model.tie_embeddings and groups.layout.pipeline == 1:
@@ -102,6 +113,12 @@ class ZeroOptimizer:
         elif self.flow is GradientFlow.COALESCED and self.precision != "fp32":
             for local in network.parameters:
                 local.parameter.grad_dtype = torch.float32
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters and let go of its buffers."""
+        self.engine.destroy()
+        for hook in self._hooks:
+            hook.remove()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -173,8 +190,9 @@ class ZeroOptimizer:
             return
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if persistent := optimizer.persistent_parameters:
+            persistent[0].partition(persistent)  # what is gathered already would not be gathered again
+            persistent[0].all_gather(persistent)
 
     def scaler_state(self) -> dict[str, float]:
         """What the fp16 loss scaler remembers; empty in other precisions."""
@@ -255,7 +273,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm,
         "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Flat gradients are fp32 without DeepSpeed's help; asked for it at stage 1 in bf16, it takes another optimizer.
+        "data_types": {"grad_accum_dtype": train.precision if flow is GradientFlow.FLAT else "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam compiles when first used; torch's fused one does not
@@ -267,7 +286,7 @@ def deepspeed_config(
         config["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
-            "initial_scale_power": max(0, int(train.loss_scale).bit_length() - 1),
+            "initial_scale_power": train.loss_scale.bit_length() - 1,
             "loss_scale_window": train.loss_scale_window,
             "hysteresis": 1,
             "min_loss_scale": 1,
@@ -285,7 +304,7 @@ def check_understood(engine: Any, config: dict[str, Any]) -> None:
         "bf16": engine.bfloat16_enabled(),
         "fp16": engine.fp16_enabled(),
         "offload_optimizer": engine.zero_offload_optimizer() is not None,
-        "grad_accum_dtype": {torch.float32: "fp32"}.get(engine.get_data_types()[1]),
+        "grad_accum_dtype": {dtype: name for name, dtype in DTYPES.items()}.get(engine.get_data_types()[1]),
     }
     asked = {
         **{key: config[key] for key in ("gradient_clipping", "communication_data_type", "gradient_accumulation_steps")},
@@ -362,15 +381,14 @@ def _as_deepspeed_partition(flat: FlatGradients, part: Tensor) -> GradPartitionB
     return GradPartitionBufferGroup(views, part)
 
 
-def _sum_over_tensor_ranks_at_once(network: Network) -> None:
+def _sum_over_tensor_ranks_at_once(network: Network) -> list[RemovableHandle]:
     """As `_sum_shared_gradients`, but in each backward: hooks run in order, and DeepSpeed's come after these."""
 
     def add_up(parameter: Tensor) -> None:
         dist.all_reduce(parameter.grad, group=network.groups.tensor)
 
-    for local in network.parameters:
-        if local.sum_over_tensor_ranks:
-            local.parameter.register_post_accumulate_grad_hook(add_up)
+    summed = (local.parameter for local in network.parameters if local.sum_over_tensor_ranks)
+    return [parameter.register_post_accumulate_grad_hook(add_up) for parameter in summed]
 
 
 def _register_tied_output(network: Network) -> None:

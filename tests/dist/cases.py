@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptdist.checkpoint.logical import Box, overlap_or_gap
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.engine import StepReport, TrainEngine
 from gptdist.layout import Layout
+from gptdist.model.initial import keyed_seed
+from gptdist.model.parameters import logical_shapes
 from gptdist.world import World
 
 END_OF_DOCUMENT = 256
@@ -112,6 +115,45 @@ def train(world: World, case: Case, steps: int = 10) -> list[tuple[float, float]
     if any(report.skipped for report in reports):
         raise AssertionError(f"a step was skipped: {reports}")
     return [(report.loss, report.grad_norm) for report in reports]
+
+
+class RandomWeights:
+    """A StateSource in which no weight is special: norms and biases are random too, and so are the moments."""
+
+    def __init__(self, model: ModelConfig, std: float = 0.1) -> None:
+        self._shapes = logical_shapes(model)
+        self._std = std
+
+    def read(self, name: str, box: Box) -> Tensor:
+        kind, logical = name.split("/", 1)
+        generator = torch.Generator().manual_seed(keyed_seed("random", name))
+        values = torch.empty(self._shapes[logical]).normal_(0.0, self._std, generator=generator)
+        if kind == "exp_avg_sq":
+            values.abs_()
+        return (values + 1.0 if logical.endswith("norm.weight") else values)[box.slices()]
+
+
+def held(engine: TrainEngine, kind: str = "weight") -> list[tuple[str, tuple[int, ...], Box, Any]]:
+    """(logical name, whole shape, box, numbers) of what this rank would write to a checkpoint."""
+    prefix = f"{kind}/"
+    return [
+        (fragment.name.removeprefix(prefix), fragment.shape, fragment.box, fragment.data.clone().numpy())
+        for fragment in engine.fragments()
+        if fragment.name.startswith(prefix)
+    ]
+
+
+def assemble(by_rank: list[list[tuple[str, tuple[int, ...], Box, Any]]]) -> dict[str, Tensor]:
+    """The logical tensors that all ranks `held` together. Fails where an element is missing or held twice."""
+    whole: dict[str, Tensor] = {}
+    boxes: dict[str, list[Box]] = {}
+    for name, shape, box, numbers in (part for parts in by_rank for part in parts):
+        whole.setdefault(name, torch.empty(shape))[box.slices()] = torch.from_numpy(numbers)
+        boxes.setdefault(name, []).append(box)
+    for name, tensor in whole.items():
+        wrong = overlap_or_gap(tuple(tensor.shape), boxes[name])
+        assert wrong is None, f"{name}: {wrong}"
+    return whole
 
 
 @functools.cache

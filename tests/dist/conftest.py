@@ -1,9 +1,13 @@
-"""What the distributed tests share: the pool of ranks, started at first use and ended with the session."""
+"""What the distributed tests share: the pool of ranks, started at first use and ended with the session; a corpus."""
 
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from data_tools.build import build_corpus
+from tests.dist.commands import SOURCES, Commands
 from tests.dist.ranks import RankPool
 
 
@@ -13,3 +17,18 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of Python's own sources as bytes, a tenth held out. Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("corpus") / "stdlib"
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    build_corpus([stdlib / name for name in SOURCES], folder, "bytes", validation_fraction=0.1)
+    return folder
+
+
+@pytest.fixture
+def commands(tmp_path: Path, corpus: Path) -> Commands:
+    """Runs `gptdist` commands."""
+    return Commands(tmp_path, corpus)

@@ -72,12 +72,7 @@ RAMP = {"start": 4, "increment": 2, "samples": 100}
         ({"schedule__batch_ramp": RAMP | {"start": 9}}, 1, "(9) is above train.global_batch_size (8)"),
         ({"schedule__batch_ramp": RAMP | {"increment": 3}}, 1, "to train.global_batch_size (8), 4. Use 2."),
         ({"parallel__offload_optimizer": True, "parallel__zero_stage": 0}, 1, "needs parallel.zero_stage 1, 2 or 3"),
-        ({"parallel__reduce": "micro_batch"}, 1, "needs parallel.zero_stage 2 or 3; it is 1"),
-        (
-            {"parallel__reduce": "micro_batch", "parallel__zero_stage": 2, "parallel__pipeline": 2},
-            2,
-            "parallel.reduce micro_batch needs parallel.pipeline 1; it is 2",
-        ),
+        ({"train__loss_scale": 1000}, 1, "train.loss_scale (1000) is not a power of two. Use 512 or 1024."),
         ({"schedule__decay_steps": 1001}, 1, "schedule.decay_steps (1001) is above train.steps (1000)"),
         ({"schedule__warmup_steps": 1000}, 1, "must be less than train.steps (1000)"),
         (

@@ -1,6 +1,7 @@
 """Building a corpus: the same bytes from the same text, readable by stock webdataset, clear errors for bad input."""
 
 import errno
+import gc
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,21 +52,30 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def stock_samples(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The samples of a split as webdataset itself reads and decodes them."""
+    urls = [str(folder / shard.file) for shard in Manifest.load(folder).split(split).shards]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode()) if urls else []
+        gc.collect()
+    return samples
+
+
 def documents_of(corpus_dir: Path, split: str) -> dict[str, str]:
     """Key -> text of every document, read by stock webdataset alone."""
     tokenizer = CorpusTokenizer.load(corpus_dir)
     documents: dict[str, str] = {}
-    for shard in Manifest.load(corpus_dir).split(split).shards:
-        for sample in webdataset.WebDataset(str(corpus_dir / shard.file), shardshuffle=False).decode():
-            start = 0
-            for key, end in zip(sample["json"]["documents"], sample["docs.npy"].tolist(), strict=True):
-                ids = sample["tokens.npy"][start:end].tolist()
-                assert ids[-1] == tokenizer.end_of_text
-                assert tokenizer.end_of_text not in ids[:-1]
-                assert key not in documents
-                documents[key] = tokenizer.decode(ids[:-1])
-                start = end
-            assert start == len(sample["tokens.npy"])
+    for sample in stock_samples(corpus_dir, split):
+        start = 0
+        for key, end in zip(sample["json"]["documents"], sample["docs.npy"].tolist(), strict=True):
+            ids = sample["tokens.npy"][start:end].tolist()
+            assert ids[-1] == tokenizer.end_of_text
+            assert tokenizer.end_of_text not in ids[:-1]
+            assert key not in documents
+            documents[key] = tokenizer.decode(ids[:-1])
+            start = end
+        assert start == len(sample["tokens.npy"])
     return documents
 
 
@@ -86,8 +98,7 @@ def test_every_document_arrives_whole_through_stock_webdataset(
 def test_webdataset_yields_the_tokens_of_the_reader(stdlib_sources: Path, tmp_path: Path) -> None:
     manifest = build_corpus([stdlib_sources], tmp_path / "c", "bytes", chunk_tokens=30_000, shard_bytes=300_000)
     reader = TokenReader(tmp_path / "c", "train")
-    urls = [str(tmp_path / "c" / shard.file) for shard in manifest.split("train").shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    samples = stock_samples(tmp_path / "c", "train")
     assert len(samples) == len(reader.index) == manifest.split("train").chunks
     for chunk, (sample, tokens) in enumerate(zip(samples, reader.chunks(), strict=True)):
         assert sample["__key__"] == f"train-{chunk:010d}"

@@ -174,7 +174,7 @@ def test_no_flipped_bit_of_an_index_changes_a_window_silently(corpus: Path, stre
         (tmp_path / "train.index").write_bytes(bad)
         try:
             reader = TokenReader(tmp_path, "train")
-            for window in range(0, reader.num_windows(CONTEXT)):
+            for window in range(reader.num_windows(CONTEXT)):
                 expected = stream[window * CONTEXT : (window + 1) * CONTEXT + 1]
                 assert np.array_equal(reader.window(window, CONTEXT), expected)
         except CorpusError:
