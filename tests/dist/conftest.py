@@ -1,5 +1,6 @@
 """What the distributed tests share: the pool of ranks, started at first use and ended with the session; a corpus."""
 
+import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,3 +33,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(tmp_path: Path, corpus: Path) -> Commands:
     """Runs `gptdist` commands."""
     return Commands(tmp_path, corpus)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a small disk needs the mount command")
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -1,5 +1,6 @@
 """bf16 and fp16 against fp32, gradient accumulation in fp32, and steps that are skipped because a number is not finite."""
 
+import itertools
 import math
 from typing import Any
 
@@ -31,8 +32,8 @@ EVERY_FLOW = {**DP2, **TP2, **PP2}
 # -- bf16 ------------------------------------------------------------------------------------------------------------
 
 BF16_STEPS = 50
-# Seen: PLACEHOLDER
-BF16_LOSS_BOUND = 6e-3
+# Seen, as the largest relative difference of any step's loss: 0.8e-3 (ZeRO 1, PP2) to 2.5e-3 (ZeRO 2 and 3).
+BF16_LOSS_BOUND = 5e-3
 
 
 def test_bf16_stays_near_fp32_over_50_steps(pool: RankPool) -> None:
@@ -144,8 +145,9 @@ def test_fp16_halves_a_loss_scale_that_is_too_large_and_recovers(pool: RankPool,
     assert 1 <= sum(skipped) < 20 and skipped[0]
     assert all(math.isfinite(report.loss) for report in reports)
     scales = [float(FIRST_SCALE)] + [report.loss_scale for report in reports]
-    assert all(after == before / 2 for before, after, skip in zip(scales, scales[1:], skipped, strict=True) if skip)
-    good = [(a, b) for a, b, skip in zip(scales, scales[1:], skipped, strict=True) if not skip]
+    changes = list(zip(itertools.pairwise(scales), skipped, strict=True))
+    assert all(after == before / 2 for (before, after), skip in changes if skip)
+    good = [change for change, skip in changes if not skip]
     assert all(after in (before, 2 * before) for before, after in good)
     assert any(after == 2 * before for before, after in good), "six good steps double it"
     assert reports[-1].loss < reports[0].loss - 0.3, "it learns"
