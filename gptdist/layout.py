@@ -26,8 +26,9 @@ class Layout:
             lower = self.world_size // model_ranks * model_ranks
             choices = f"{lower} or {lower + model_ranks}" if lower else f"{model_ranks}"
             raise LayoutError(
-                f"parallel.tensor ({self.tensor}) x parallel.pipeline ({self.pipeline}) = {model_ranks} does not divide the "
-                f"world size {self.world_size}. Use {choices} ranks, or change parallel.tensor or parallel.pipeline."
+                f"parallel.tensor ({self.tensor}) x parallel.pipeline ({self.pipeline}) = {model_ranks} does not "
+                f"divide the world size {self.world_size}. Use {choices} ranks, or change parallel.tensor or "
+                "parallel.pipeline."
             )
 
     @property

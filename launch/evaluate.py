@@ -29,8 +29,8 @@ def _open_validation(trained: Trained, corpus: Path | None) -> TokenReader:
     reader = TokenReader(corpus or Path(trained.config.data.corpus), "validation")
     if reader.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
         raise CorpusError(
-            f"{reader.corpus_dir} was built with another tokenizer (sha256 {reader.manifest.tokenizer.sha256[:12]}...) than "
-            f"the one {trained.path} was trained with ({trained.tokenizer.sha256[:12]}...). Build it with "
+            f"{reader.corpus_dir} was built with another tokenizer (sha256 {reader.manifest.tokenizer.sha256[:12]}...) "
+            f"than the one {trained.path} was trained with ({trained.tokenizer.sha256[:12]}...). Build it with "
             f"--tokenizer {trained.path.parent.parent / 'tokenizer.json'}."
         )
     return reader

@@ -1,7 +1,7 @@
 """The rank's side of a local launch: what a freshly forked process does before, around and after its target.
 
-It dies with its launcher, writes where it is told, and reports the exception that ended it as JSON. Knows nothing of the
-other ranks.
+It dies with its launcher, writes where it is told, and reports the exception that ended it as JSON. Knows nothing of
+the other ranks.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -70,10 +71,8 @@ def run_as_rank(
         code = _report(error, report_fd)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with suppress(OSError, ValueError):
                 stream.flush()
-            except (OSError, ValueError):
-                pass
         os._exit(code & 0xFF)
 
 
@@ -153,7 +152,8 @@ def _report(error: BaseException, report_fd: int) -> int:
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Whether this only says that another rank failed: an agreed error of theirs, or a collective that lost its peer."""
+    """Whether this only says that another rank failed: an agreed error of theirs, or a collective that lost its
+    peer."""
     message = str(error).lower()
     if isinstance(error, GptdistError):
         return message.startswith("[rank ")

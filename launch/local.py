@@ -60,9 +60,10 @@ def launch_local(
 ) -> int:
     """Run `target(world, payload)` on `nproc` forked ranks; returns the exit code of the run, its error shown once.
 
-    `target`: a function, or `module:function`, imported in the ranks. `payload` needs no serialising. `preload`: modules
-    to import before the fork (those that fail are left to the ranks, which then say why). `port`: where the ranks meet, 0
-    for a free one. `timeout_seconds`: end the ranks after this long. Call it from the main thread. Raises LaunchError.
+    `target`: a function, or `module:function`, imported in the ranks. `payload` needs no serialising. `preload`:
+    modules to import before the fork (those that fail are left to the ranks, which then say why). `port`: where the
+    ranks meet, 0 for a free one. `timeout_seconds`: end the ranks after this long. Call it from the main thread. Raises
+    LaunchError.
     """
     threads = max(1, available_cores() // nproc)
     with _environment(threads), _catch_signals() as signals:
@@ -133,8 +134,8 @@ def _preload(modules: Sequence[str]) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise LaunchError(
-            "CUDA was initialised while modules were imported, so ranks cannot be forked from this process. Start them with "
-            "`torchrun --nproc-per-node N -m launch.cli train CONFIG` instead of --nproc."
+            "CUDA was initialised while modules were imported, so ranks cannot be forked from this process. Start "
+            "them with `torchrun --nproc-per-node N -m launch.cli train CONFIG` instead of --nproc."
         )
 
 

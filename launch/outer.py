@@ -1,4 +1,5 @@
-"""From an outer launcher's environment (torchrun, mpirun, srun) to a `World`, or None where nobody started us as a rank.
+"""From an outer launcher's environment (torchrun, mpirun, srun) to a `World`, or None where nobody started us as a
+rank.
 
 Holds the table of every launcher's variables. Pure: it is handed an environment, opens no socket and imports no MPI.
 """
@@ -17,7 +18,8 @@ SLURM_PSEUDO_STEPS = 0xFFFFFFF0
 
 @dataclass(frozen=True)
 class Launcher:
-    """What one launcher calls our things; of several names the first that is set counts. `marks`: all set = it started us."""
+    """What one launcher calls our things; of several names the first that is set counts. `marks`: all set = it started
+    us."""
 
     name: str
     marks: tuple[str, ...]
@@ -28,8 +30,8 @@ class Launcher:
     node_rank: tuple[str, ...] = ()
 
 
-# Order matters: torchrun runs inside Slurm and MPI jobs; mpirun starts its daemons with srun, so SLURM_* are set below it
-# as well; and srun --mpi=pmi2 sets PMI_RANK, which alone says nothing about mpirun.
+# Order matters: torchrun runs inside Slurm and MPI jobs; mpirun starts its daemons with srun, so SLURM_* are set below
+# it as well; and srun --mpi=pmi2 sets PMI_RANK, which alone says nothing about mpirun.
 LAUNCHERS = (
     Launcher(
         name="torchrun",
@@ -86,9 +88,9 @@ LAUNCHERS = (
 def find_world(env: Mapping[str, str], *, nproc: int | None = None, port: int = 0) -> World | None:
     """This process's place if an outer launcher started it as one of several ranks, else None: then start ranks here.
 
-    `nproc`: ranks asked for on the command line; a lone outer task may start them, one of several may not (ConfigError).
-    `port`: where ranks should meet, 0 for the launcher's own choice. With mpirun the address is settled in `join`.
-    Raises LaunchError where the launcher's variables are missing or contradict each other.
+    `nproc`: ranks asked for on the command line; a lone outer task may start them, one of several may not
+    (ConfigError). `port`: where ranks should meet, 0 for the launcher's own choice. With mpirun the address is settled
+    in `join`. Raises LaunchError where the launcher's variables are missing or contradict each other.
     """
     launcher = next((found for found in LAUNCHERS if all(env.get(mark) for mark in found.marks)), None)
     if launcher is None or (
@@ -98,8 +100,8 @@ def find_world(env: Mapping[str, str], *, nproc: int | None = None, port: int = 
     world = _read_world(env, launcher, port)
     if nproc is not None and nproc > 1 and world.world_size > 1:
         raise ConfigError(
-            f"--nproc {nproc} asks for ranks to be started here, but this process already is rank {world.global_rank} of "
-            f"{world.world_size} under {launcher.name}. Drop --nproc, or start one task only."
+            f"--nproc {nproc} asks for ranks to be started here, but this process already is rank {world.global_rank} "
+            f"of {world.world_size} under {launcher.name}. Drop --nproc, or start one task only."
         )
     if world.world_size == 1 and nproc is not None:
         return None
@@ -119,8 +121,8 @@ def _read_world(env: Mapping[str, str], launcher: Launcher, port: int) -> World:
         node_rank = _number(env, launcher, launcher.node_rank)
     if not (0 <= global_rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise LaunchError(
-            f"{launcher.name} says rank {global_rank} of {world_size}, local rank {local_rank} of {local_world_size}: a rank "
-            f"must be below its size, and a node cannot hold more ranks than there are. Look for stale "
+            f"{launcher.name} says rank {global_rank} of {world_size}, local rank {local_rank} of {local_world_size}: "
+            "a rank must be below its size, and a node cannot hold more ranks than there are. Look for stale "
             f"{', '.join((*launcher.global_rank, *launcher.world_size, *launcher.local_rank))} in the environment."
         )
     address, own_port = _meeting_point(env, launcher, world_size == local_world_size, port)
@@ -161,8 +163,8 @@ def _slurm_local_size(env: Mapping[str, str], launcher: Launcher, world_size: in
         return 1
     raise LaunchError(
         f"srun started {world_size} tasks, but SLURM_STEP_TASKS_PER_NODE "
-        f"({env.get('SLURM_STEP_TASKS_PER_NODE') or env.get('SLURM_TASKS_PER_NODE') or 'not set'}) does not say how many are "
-        f"on node {node_rank}. Start the ranks with srun itself, and pass its environment on unchanged."
+        f"({env.get('SLURM_STEP_TASKS_PER_NODE') or env.get('SLURM_TASKS_PER_NODE') or 'not set'}) does not say how "
+        f"many are on node {node_rank}. Start the ranks with srun itself, and pass its environment on unchanged."
     )
 
 
@@ -177,6 +179,6 @@ def _number(env: Mapping[str, str], launcher: Launcher, names: tuple[str, ...]) 
 
 def _missing(launcher: Launcher, names: tuple[str, ...] | list[str]) -> str:
     return (
-        f"{', '.join(launcher.marks)} say that {launcher.name} started this process, but {' or '.join(names)} is not set. "
-        f"Start it with {launcher.name} itself, or unset {launcher.marks[0]}."
+        f"{', '.join(launcher.marks)} say that {launcher.name} started this process, but {' or '.join(names)} is not "
+        f"set. Start it with {launcher.name} itself, or unset {launcher.marks[0]}."
     )

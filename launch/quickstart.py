@@ -1,7 +1,8 @@
 """`make quickstart`: the main job from text to text on this machine, through the same commands a user types.
 
-Builds a corpus, trains on two ranks, stops half-way, resumes under another layout, evaluates, generates, and fails unless
-the model learned. Knows only the commands and the files they leave; runs on the CPU, so that it is the same everywhere.
+Builds a corpus, trains on two ranks, stops half-way, resumes under another layout, evaluates, generates, and fails
+unless the model learned. Knows only the commands and the files they leave; runs on the CPU, so that it is the same
+everywhere.
 """
 
 import argparse
@@ -107,7 +108,8 @@ def summarize(config: RunConfig, entropy: float, records: list[dict[str, float]]
     verdict = "below" if learned else "NOT below"
     print(
         f"\nheld-out loss   {losses[0]:.3f} -> {losses[-1]:.3f} nats per token, {verdict} the bound {bound:.3f}"
-        f"\nunigram entropy {entropy:.3f} nats: the best that counting tokens alone can do; the bound is {LEARNED:g} of it"
+        f"\nunigram entropy {entropy:.3f} nats: the best that counting tokens alone can do; the bound is {LEARNED:g} "
+        "of it"
         f"\nspeed           {render_count(speeds[len(speeds) // 2])} tokens/s (median of the log lines)"
         f"\ncheckpoint      {run_dir}/checkpoints/step-{config.train.steps:08d}"
         f"\nTensorBoard     {run_dir}/tensorboard"

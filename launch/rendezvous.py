@@ -33,8 +33,8 @@ def open_listener(address: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise LaunchError(
-            f"Ranks cannot meet on port {port} of {address or 'this machine'}: {error.strerror}. Another run may be using it: "
-            f"set launch.port to a free port (0 picks one), or end that run."
+            f"Ranks cannot meet on port {port} of {address or 'this machine'}: {error.strerror}. Another run may be "
+            "using it: set launch.port to a free port (0 picks one), or end that run."
         ) from error
     return listener
 
@@ -147,9 +147,10 @@ def _await_all(store: "Store", world: World, timeout: timedelta) -> None:
     except dist.DistError as error:
         absent = [other for other in range(world.world_size) if not store.check([f"here/{other}"])]
         raise LaunchError(
-            f"Of {world.world_size} ranks, {len(absent)} did not join at {world.master_address}:{world.master_port} within "
-            f"{timeout.total_seconds():g} s: {', '.join(map(str, absent[:16]))}{' ...' if len(absent) > 16 else ''}. See what "
-            f"these ranks printed; raise launch.timeout if they are only slow."
+            f"Of {world.world_size} ranks, {len(absent)} did not join at {world.master_address}:{world.master_port} "
+            f"within {timeout.total_seconds():g} s: "
+            f"{', '.join(map(str, absent[:16]))}{' ...' if len(absent) > 16 else ''}. See what these ranks printed; "
+            "raise launch.timeout if they are only slow."
         ) from error
 
 
@@ -167,9 +168,9 @@ def _await_listener(world: World, timeout_seconds: float) -> None:
 
 def _lost(world: World, timeout_seconds: float, reason: str) -> str:
     return (
-        f"Rank {world.global_rank} of {world.world_size} could not reach {world.master_address}:{world.master_port} within "
-        f"{timeout_seconds:g} s: {reason}. Check that rank 0 runs, that the port is free there and open between the nodes; "
-        f"raise launch.timeout if ranks start slowly."
+        f"Rank {world.global_rank} of {world.world_size} could not reach {world.master_address}:{world.master_port} "
+        f"within {timeout_seconds:g} s: {reason}. Check that rank 0 runs, that the port is free there and open between "
+        "the nodes; raise launch.timeout if ranks start slowly."
     )
 
 
@@ -180,7 +181,8 @@ def _device_index(world: World, device_count: int) -> int:
         return 0  # srun and mpirun may show each task only its own GPU
     raise LaunchError(
         f"Local rank {world.local_rank} has no GPU of its own: this process sees {device_count} for "
-        f"{world.local_world_size} ranks. Start at most {device_count} ranks a node, or show more GPUs (CUDA_VISIBLE_DEVICES)."
+        f"{world.local_world_size} ranks. Start at most {device_count} ranks a node, or show more GPUs "
+        "(CUDA_VISIBLE_DEVICES)."
     )
 
 
@@ -190,16 +192,17 @@ def _settle_over_mpi(world: World) -> World:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"{world.launcher} started this rank, but mpi4py cannot load an MPI library ({str(error).splitlines()[0]}). Put the "
+            f"{world.launcher} started this rank, but mpi4py cannot load an MPI library "
+            f"({str(error).splitlines()[0]}). Put the "
             f"launcher's MPI library on LD_LIBRARY_PATH, or start the ranks with torchrun or srun."
         ) from error
     ranks = MPI.COMM_WORLD
     if (ranks.Get_size(), ranks.Get_rank()) != (world.world_size, world.global_rank):
         library = MPI.Get_library_version().split("\n")[0].strip(" \0")
         raise LaunchError(
-            f"{world.launcher} says rank {world.global_rank} of {world.world_size}, but mpi4py sees rank {ranks.Get_rank()} of "
-            f"{ranks.Get_size()}: it uses another MPI ({library}) than the one that started it. Use that library's own mpirun, "
-            f"or put the other library first on LD_LIBRARY_PATH."
+            f"{world.launcher} says rank {world.global_rank} of {world.world_size}, but mpi4py sees rank "
+            f"{ranks.Get_rank()} of {ranks.Get_size()}: it uses another MPI ({library}) than the one that started it. "
+            "Use that library's own mpirun, or put the other library first on LD_LIBRARY_PATH."
         )
     message = bytearray(512)
     listener, problem = None, ""

@@ -16,7 +16,8 @@ def first_host(node_list: str) -> str:
     host = re.sub(r"\[([^\[\],-]+)[^\[\]]*\]", r"\1", first.group(1) if first else "")
     if not host or not re.fullmatch(r"[A-Za-z0-9._-]+", host):
         raise LaunchError(
-            f"Slurm's node list {node_list!r} has no host that can be read. It should look like node[01-04,9] or node1,node2."
+            f"Slurm's node list {node_list!r} has no host that can be read. It should look like node[01-04,9] or "
+            "node1,node2."
         )
     return host
 

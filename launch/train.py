@@ -79,8 +79,8 @@ def open_data(config: RunConfig) -> RunData:
     tokenizer = CorpusTokenizer.load(corpus_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({config.model.vocab_size}) is smaller than the {tokenizer.vocab_size} ids of the corpus's "
-            f"tokenizer ({corpus_dir}). Set model.vocab_size: {tokenizer.vocab_size}."
+            f"model.vocab_size ({config.model.vocab_size}) is smaller than the {tokenizer.vocab_size} ids of the "
+            f"corpus's tokenizer ({corpus_dir}). Set model.vocab_size: {tokenizer.vocab_size}."
         )
     validation = None
     if "validation" in train.manifest.splits:
@@ -101,8 +101,8 @@ def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
             write_durably(run_dir / name, content)
     except OSError as error:
         raise StorageError(
-            f"cannot write the run's folder {run_dir}: {error.strerror or error}. Set launch.run_dir to a folder that this "
-            "user can write, on a disk with room."
+            f"cannot write the run's folder {run_dir}: {error.strerror or error}. Set launch.run_dir to a folder that "
+            "this user can write, on a disk with room."
         ) from error
 
 
@@ -191,8 +191,8 @@ def _check_room(config: RunConfig) -> None:
     needed, free = 12 * parameter_count(config.model), free_bytes(folder)
     if free < needed:
         raise StorageError(
-            f"{folder} has room for {free:,} bytes, one checkpoint of this model needs {needed:,}. Free some space, or set "
-            "checkpoint.dir to a larger disk."
+            f"{folder} has room for {free:,} bytes, one checkpoint of this model needs {needed:,}. Free some space, or "
+            "set checkpoint.dir to a larger disk."
         )
 
 

@@ -81,7 +81,8 @@ def _config(checkpoint: Checkpoint) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(
-            f"{checkpoint.path} was saved by another version of gptdist ({checkpoint.state['versions'].get('gptdist')}): its "
+            f"{checkpoint.path} was saved by another version of gptdist "
+            f"({checkpoint.state['versions'].get('gptdist')}): its "
             f"config's {'.'.join(map(str, first['loc']))} is not understood here ({first['msg']}). Use that version."
         ) from error
 

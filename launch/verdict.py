@@ -29,7 +29,8 @@ class Report:
 
 @dataclass(frozen=True)
 class RankEnd:
-    """How one rank ended: by itself with `exit_code`, or by `signal_number`; seen by the launcher at `at_nanoseconds`."""
+    """How one rank ended: by itself with `exit_code`, or by `signal_number`; seen by the launcher at
+    `at_nanoseconds`."""
 
     global_rank: int
     exit_code: int | None
@@ -53,7 +54,8 @@ class Verdict:
 
 
 def judge(ends: Sequence[RankEnd], world_size: int, stop_signal: int | None = None, debug: bool = False) -> Verdict:
-    """The verdict on ranks that ended by themselves. `stop_signal`: what the launcher had passed on to them, if anything.
+    """The verdict on ranks that ended by themselves. `stop_signal`: what the launcher had passed on to them, if
+    anything.
 
     `ends` may lack ranks that the launcher had to end. `debug`: give the traceback of deliberate errors too.
     """

@@ -1,4 +1,5 @@
-"""Watches the ranks of a local launch until all have ended: output, reports, signals, the first failure, the rest's end.
+"""Watches the ranks of a local launch until all have ended: output, reports, signals, the first failure, the rest's
+end.
 
 Knows processes and pipes; which of several failures counts is `verdict.py`'s to say.
 """

@@ -55,7 +55,7 @@ class _RunLoader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2 and without aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.MarkedYAMLError(problem="anchors and aliases are not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)

@@ -1,8 +1,8 @@
 """Makes Megatron-core run where there is no GPU, by answering the few CUDA calls it has written in.
 
-`megatron.py` calls `install` with Megatron's modules before it builds anything; on a machine with a GPU nothing happens.
-Each replacement answers with the CPU's own counterpart, so numerics are torch's CPU numerics and nothing is skipped but
-synchronisation.
+`megatron.py` calls `install` with Megatron's modules before it builds anything; on a machine with a GPU nothing
+happens. Each replacement answers with the CPU's own counterpart, so numerics are torch's CPU numerics and nothing is
+skipped but synchronisation.
 """
 
 import logging
@@ -15,7 +15,8 @@ _installed = False
 
 
 def install(random_states: ModuleType, schedules: ModuleType) -> None:
-    """Replace CUDA calls once for this process. Takes Megatron's `tensor_parallel.random` and `pipeline_parallel.schedules`."""
+    """Replace CUDA calls once for this process. Takes Megatron's `tensor_parallel.random` and
+    `pipeline_parallel.schedules`."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -28,7 +29,7 @@ def install(random_states: ModuleType, schedules: ModuleType) -> None:
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
     cuda.random.get_rng_state = lambda *_: torch.get_rng_state()
     cuda.manual_seed = torch.manual_seed
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
     random: Any = random_states
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -1,7 +1,7 @@
 """The engine: one whole optimizer step, one evaluation, and the state that survives a restart.
 
-The seam between everything above (loop, commands) and the two libraries below: `megatron.py` runs the network, `zero.py`
-owns the optimizer. Reports are reduced, the same on every rank.
+The seam between everything above (loop, commands) and the two libraries below: `megatron.py` runs the network,
+`zero.py` owns the optimizer. Reports are reduced, the same on every rank.
 """
 
 import math
@@ -75,7 +75,8 @@ class InferenceEngine:
         return Evaluation(loss_sum / max(tokens_seen, 1.0), int(tokens_seen))
 
     def next_token_logits(self, tokens: Tensor) -> Tensor:
-        """Logits after the last of `tokens` [length] int64 (at most sequence_length used): fp32 [vocab_size], on all ranks."""
+        """Logits after the last of `tokens` [length] int64 (at most sequence_length used): fp32 [vocab_size], on all
+        ranks."""
         logits = self.logits(tokens[-self.model.sequence_length :].unsqueeze(0))
         return logits[0, -1]
 
@@ -102,7 +103,8 @@ class InferenceEngine:
 
 
 class TrainEngine(InferenceEngine):
-    """A network and its optimizer under one layout. Call `initialise`, or `read` and `refresh`, before the first step."""
+    """A network and its optimizer under one layout. Call `initialise`, or `read` and `refresh`, before the first
+    step."""
 
     def __init__(
         self,
@@ -149,7 +151,8 @@ class TrainEngine(InferenceEngine):
         return [Fragment(*fields) for fields in owned_fragments(self.zero.states, share, shares)]
 
     def state(self) -> dict[str, Any]:
-        """What else a restart needs, JSON: optimizer steps taken and the loss scaler. Random state is keyed, not kept."""
+        """What else a restart needs, JSON: optimizer steps taken and the loss scaler. Random state is keyed, not
+        kept."""
         return {"optimizer_steps": int(self.zero.states[0].step.item()), "loss_scaler": self.zero.scaler_state()}
 
     def read(self, source: StateSource, state: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""The process groups a rank is in, as one value. Made by `megatron.py`, from Megatron's own, and handed to DeepSpeed."""
+"""The process groups a rank is in, as one value. Made by `megatron.py`, from Megatron's own, and handed to
+DeepSpeed."""
 
 from dataclasses import dataclass
 

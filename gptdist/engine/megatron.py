@@ -95,7 +95,7 @@ class Network:
     def __init__(self, model: ModelConfig, train: TrainConfig, groups: Groups) -> None:
         self.model = model
         self.groups = groups
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         self.dtype = DTYPES[train.precision]
         self.config = _transformer_config(model, train, groups.layout)
         self.chunks = nn.ModuleList(
@@ -116,8 +116,8 @@ class Network:
                 split = split_dimension(name) is not None
                 owned = not copy and (split or self.groups.tensor_rank == 0)
                 # DeepSpeed's words for what the gradient norm counts: with these, every logical element once.
-                parameter.model_parallel = parameter.tensor_model_parallel = owned
-                parameter.ds_pipe_replicated = copy
+                marks = {"model_parallel": owned, "tensor_model_parallel": owned, "ds_pipe_replicated": copy}
+                vars(parameter).update(marks)
                 yield LocalParameter(
                     name=name,
                     parameter=parameter,
@@ -130,8 +130,8 @@ class Network:
     def forward_backward(self, micro_batches: Tensor, scale_loss: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Run all micro-batches forward and backward under Megatron's schedule.
 
-        micro_batches: [count, micro batch, sequence + 1] int64. Returns the mean loss over this data rank's samples on the
-        last stage, 0 elsewhere: an fp32 scalar. A non-finite loss makes every gradient non-finite.
+        micro_batches: [count, micro batch, sequence + 1] int64. Returns the mean loss over this data rank's samples on
+        the last stage, 0 elsewhere: an fp32 scalar. A non-finite loss makes every gradient non-finite.
         """
         self.chunks.train()
         self.config.grad_scale_func = scale_loss
@@ -141,7 +141,8 @@ class Network:
     def losses(self, micro_batches: Tensor) -> Iterator[Tensor]:
         """The loss of each micro-batch, divided by their count, to go backward from before the next one is asked for.
 
-        Without a pipeline Megatron's schedule is no more than this; optimizers that reduce after each backward drive it.
+        Without a pipeline Megatron's schedule is no more than this; optimizers that reduce after each backward drive
+        it.
         """
         self.chunks.train()
         (chunk,) = self.chunks
@@ -168,7 +169,7 @@ class Network:
         tokens: [batch, length] int64, length at most `model.sequence_length`.
         """
         self.chunks.eval()
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         fixed = self.model.sequence_length if self.groups.layout.pipeline > 1 else length
         multiple = self.groups.layout.tensor if self.groups.layout.sequence_parallel else 1
         padded = F.pad(tokens, (0, -(-max(fixed, length) // multiple) * multiple - length))
@@ -177,7 +178,9 @@ class Network:
             return torch.empty(0, device=self.device)
         return outputs[0][:, :length, : self.model.vocab_size].float().contiguous()
 
-    def _run(self, micro_batches: Tensor, loss: "Callable[[Tensor], tuple[Tensor, Tensor]] | None", forward_only: bool) -> list:
+    def _run(
+        self, micro_batches: Tensor, loss: Callable[[Tensor], tuple[Tensor, Tensor]] | None, forward_only: bool
+    ) -> list[Tensor]:
         """Through Megatron's schedule. `loss` None: collect logits, and micro_batches have no labels."""
         count, size, length = micro_batches.shape
         layout = self.groups.layout
@@ -209,8 +212,8 @@ class Network:
     def seed_dropout(self, seed: int, step: int) -> None:
         """Set every random stream from (seed, step) and this rank's place, so that no random state need be saved.
 
-        Outside sequence-parallel regions tensor ranks hold the same activations and draw the same masks; where they hold
-        different ones (heads, or slices of the sequence) each draws from Megatron's per-rank stream.
+        Outside sequence-parallel regions tensor ranks hold the same activations and draw the same masks; where they
+        hold different ones (heads, or slices of the sequence) each draws from Megatron's per-rank stream.
         """
         place = (seed, step, self.groups.data_rank, self.groups.pipeline_stage)
         tracker = get_cuda_rng_tracker()
@@ -359,5 +362,3 @@ def _masked_loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     weights = mask.float().unsqueeze(1).expand_as(losses)
     total = torch.stack([(losses.float() * weights).sum(), weights.sum()])
     return total[0].clone(), total
-
-

@@ -1,7 +1,7 @@
 """Where each of this rank's parameters stands in the logical model: Megatron's name and slice -> logical name and box.
 
-Pure integers. It is the one place that knows Megatron's parameter names, its fused gate-and-up projection and its padded
-vocabulary; checkpoints and initial weights both go through it.
+Pure integers. It is the one place that knows Megatron's parameter names, its fused gate-and-up projection and its
+padded vocabulary; checkpoints and initial weights both go through it.
 """
 
 from gptdist.checkpoint.logical import Box, Piece

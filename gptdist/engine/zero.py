@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO around a `Network`: the only file that imports deepspeed.
 
-DeepSpeed owns the optimizer state and its partitioning, clipping, loss scaling, skipping and offload. How gradients reach it
-depends on the stage, and `GradientFlow` names the three ways; see docs/engine.md for why each exists.
+DeepSpeed owns the optimizer state and its partitioning, clipping, loss scaling, skipping and offload. How gradients
+reach it depends on the stage, and `GradientFlow` names the three ways; see docs/engine.md for why each exists.
 
 - FLAT: stages 0 and 1, and 2 under a pipeline. Whole fp32 gradients in one buffer, reduced once a step.
 - EACH_MICRO_BATCH: stages 2 and 3 without a pipeline. DeepSpeed reduces after each backward; no whole gradients stay.
@@ -30,10 +30,10 @@ from gptdist.model.parameters import decayed
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-import deepspeed  # noqa: E402
-from deepspeed.ops.op_builder import ShareMemCommBuilder  # noqa: E402
-from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+import deepspeed
+from deepspeed.ops.op_builder import ShareMemCommBuilder
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.ERROR)
 # On a CPU DeepSpeed would compile a shared-memory collective when it starts; gloo serves without a compiler.
@@ -58,9 +58,9 @@ class StepResult:
 def choose_flow(parallel: ParallelConfig) -> tuple[GradientFlow, int]:
     """The flow, and the stage DeepSpeed is given.
 
-    Stage 2 under a pipeline is stage 1 to DeepSpeed: a pipeline's schedule interleaves micro-batches, whole gradients stay
-    until its end, and there is nothing left for stage 2 to save. Stage 0 is stage 1 over a data group of one rank, after
-    a plain all-reduce: the same optimizer code, nothing partitioned.
+    Stage 2 under a pipeline is stage 1 to DeepSpeed: a pipeline's schedule interleaves micro-batches, whole gradients
+    stay until its end, and there is nothing left for stage 2 to save. Stage 0 is stage 1 over a data group of one rank,
+    after a plain all-reduce: the same optimizer code, nothing partitioned.
     """
     pipelined = parallel.pipeline > 1
     if parallel.zero_stage == 3:
@@ -76,8 +76,8 @@ def memory_note(parallel: ParallelConfig) -> str | None:
         return None
     saves = "optimizer state, as ZeRO 1" if parallel.zero_stage == 2 else "optimizer state and weights"
     return (
-        f"ZeRO {parallel.zero_stage} under a pipeline saves {saves}, but no gradient memory: micro-batches are in flight on "
-        "all stages, so whole gradients stay on each rank until the step's end"
+        f"ZeRO {parallel.zero_stage} under a pipeline saves {saves}, but no gradient memory: micro-batches are in "
+        "flight on all stages, so whole gradients stay on each rank until the step's end"
     )
 
 
@@ -85,7 +85,12 @@ class ZeroOptimizer:
     """AdamW under ZeRO for one rank's network."""
 
     def __init__(
-        self, network: Network, optimizer: OptimizerConfig, parallel: ParallelConfig, train: TrainConfig, local_rank: int
+        self,
+        network: Network,
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+        train: TrainConfig,
+        local_rank: int,
     ) -> None:
         self.network = network
         self.precision = train.precision
@@ -123,7 +128,8 @@ class ZeroOptimizer:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self, micro_batches: Tensor, learning_rate: float) -> tuple[Tensor, StepResult]:
-        """Forward, backward and update. Returns this rank's loss (see Network.forward_backward) and the step's result."""
+        """Forward, backward and update. Returns this rank's loss (see Network.forward_backward) and the step's
+        result."""
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self._backward(micro_batches)
@@ -131,7 +137,9 @@ class ZeroOptimizer:
             self.engine.step()
         except Exception as error:
             if "loss scale already at minimum" in str(error):
-                raise TrainingDiverged(f"fp16 loss scale is at its minimum and gradients still overflow: {error}") from error
+                raise TrainingDiverged(
+                    f"fp16 loss scale is at its minimum and gradients still overflow: {error}"
+                ) from error
             raise
         optimizer = self.engine.optimizer
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -152,8 +160,8 @@ class ZeroOptimizer:
                 loss = self.network.forward_backward(micro_batches, self.engine.scale)
                 self._sum_shared_gradients()
                 if getattr(self.engine.optimizer, "use_grad_accum_attribute", False):
-                    for local in self.network.parameters:
-                        local.parameter.grad_accum, local.parameter.grad = local.parameter.grad, None
+                    for parameter in self.network.chunks.parameters():
+                        parameter.__dict__["grad_accum"], parameter.grad = parameter.grad, None
             return loss
         total = torch.zeros((), device=self.network.device)
         for seen, loss in enumerate(self.network.losses(micro_batches), start=1):
@@ -169,7 +177,7 @@ class ZeroOptimizer:
     def _sum_shared_gradients(self) -> None:
         """Over tensor ranks where each saw other tokens, over the embedding group where a tied weight stands twice."""
         groups = self.network.groups
-        shared = [local.parameter.grad for local in self.network.parameters if local.sum_over_tensor_ranks]
+        shared = [_gradient(local) for local in self.network.parameters if local.sum_over_tensor_ranks]
         if shared:
             # One collective for all of them: they are small, and there are several in every layer.
             merged = torch.cat([gradient.reshape(-1) for gradient in shared])
@@ -178,7 +186,7 @@ class ZeroOptimizer:
                 gradient.copy_(summed.view_as(gradient))
         for local in self.network.parameters:
             if local.tied and groups.embedding is not None:
-                dist.all_reduce(local.parameter.grad, group=groups.embedding)
+                dist.all_reduce(_gradient(local), group=groups.embedding)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -367,6 +375,13 @@ def _adam_state(adam: torch.optim.Optimizer, master: Tensor, ranges: list[Parame
     return FlatState(master, state["exp_avg"], state["exp_avg_sq"], state["step"], ranges)
 
 
+def _gradient(local: LocalParameter) -> Tensor:
+    gradient = local.parameter.grad
+    if gradient is None:
+        raise RuntimeError(f"{local.name} has no gradient after backward")
+    return gradient
+
+
 def _range(local: LocalParameter, start: int, count: int, offset: int) -> ParameterRange:
     shape = tuple(getattr(local.parameter, "ds_shape", local.parameter.shape))
     return ParameterRange(local.pieces, shape, start, count, offset, local.owned)
@@ -376,7 +391,7 @@ def _as_deepspeed_partition(flat: FlatGradients, part: Tensor) -> GradPartitionB
     views = []
     for parameter, view in flat.slices(part):
         if parameter is None:
-            view._zero_padding = True  # DeepSpeed's word for "not part of the norm"
+            vars(view)["_zero_padding"] = True  # DeepSpeed's word for "not part of the norm"
         views.append(view)
     return GradPartitionBufferGroup(views, part)
 
@@ -392,5 +407,5 @@ def _sum_over_tensor_ranks_at_once(network: Network) -> list[RemovableHandle]:
 
 
 def _register_tied_output(network: Network) -> None:
-    chunk = network.chunks[0]
+    chunk: Any = network.chunks[0]
     deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.word_embeddings.weight)

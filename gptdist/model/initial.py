@@ -1,7 +1,8 @@
 """Initial weights, each drawn from a generator keyed by (seed, logical name): the same under every layout.
 
-Knows logical names and shapes only. The scheme is GPT-2's (Radford et al. 2019, section 2.3): normal with a fixed standard
-deviation, the projections that write into the residual stream scaled by 1 / sqrt(2 * num_layers), norms 1, biases 0.
+Knows logical names and shapes only. The scheme is GPT-2's (Radford et al. 2019, section 2.3): normal with a fixed
+standard deviation, the projections that write into the residual stream scaled by 1 / sqrt(2 * num_layers), norms 1,
+biases 0.
 """
 
 import hashlib

@@ -10,7 +10,8 @@ from gptdist.engine.engine import InferenceEngine
 def held_out_values(
     engine: InferenceEngine, reader: TokenReader, samples: int, micro_batch_size: int
 ) -> dict[str, float]:
-    """`eval/loss` (nats per token), `eval/perplexity` and `eval/bits_per_byte` over `samples` windows of `reader`'s split.
+    """`eval/loss` (nats per token), `eval/perplexity` and `eval/bits_per_byte` over `samples` windows of `reader`'s
+    split.
 
     Bits per byte compares tokenizers: loss / ln 2, times the split's tokens per byte of text.
     """

@@ -63,9 +63,7 @@ class TrainLoop:
         self.run_dir = run_dir
         self.is_first = engine.groups.global_rank == 0
         self._saved_step = progress.step if progress.step else None
-        self._skips = SkipCounter(
-            sections.train.max_skipped_steps, progress.skipped_in_a_row, progress.skipped_total
-        )
+        self._skips = SkipCounter(sections.train.max_skipped_steps, progress.skipped_in_a_row, progress.skipped_total)
 
     def run(self) -> str | None:
         """Train. None when the last step is done; else why it stopped early, with everything saved to go on later."""
@@ -103,7 +101,8 @@ class TrainLoop:
 
     def _note(self, report: StepReport, rate: float) -> None:
         progress, train = self.progress, self.sections.train
-        remaining = (total_samples(train, self.sections.schedule) - progress.samples) * self.engine.model.sequence_length
+        samples_left = total_samples(train, self.sections.schedule) - progress.samples
+        remaining = samples_left * self.engine.model.sequence_length
         self.sinks.advance(progress.step, self.throughput.eta_seconds(remaining))
         # fp16 finds its loss scale by skipping; those steps are how it works, until the scale can fall no further.
         searching = train.precision == "fp16" and report.skipped and report.loss_scale > 1

@@ -1,7 +1,7 @@
 """How far a run is, and what of it a checkpoint keeps beside the tensors.
 
-Knows the shape of a checkpoint's run state and which differences between a checkpoint and a config forbid going on. Does not
-read or write files.
+Knows the shape of a checkpoint's run state and which differences between a checkpoint and a config forbid going on.
+Does not read or write files.
 """
 
 import dataclasses
@@ -29,8 +29,11 @@ class Progress:
     skipped_total: int = 0
 
 
-def run_state(progress: Progress, config: RunConfig, layout: str, manifest: Manifest, engine: dict[str, Any]) -> dict[str, Any]:
-    """The JSON that stands in a checkpoint's manifest. Random state is a key (train.seed, step), so the seed is all of it."""
+def run_state(
+    progress: Progress, config: RunConfig, layout: str, manifest: Manifest, engine: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON that stands in a checkpoint's manifest. Random state is a key (train.seed, step), so the seed is all of
+    it."""
     return {
         **dataclasses.asdict(progress),
         "tokens": progress.samples * config.model.sequence_length,
@@ -60,7 +63,8 @@ def data_identity(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, where: str) -> None:
-    """Raises CheckpointError unless a checkpoint's `weight/` tensors (names without the prefix) are those of `model`."""
+    """Raises CheckpointError unless a checkpoint's `weight/` tensors (names without the prefix) are those of
+    `model`."""
     wanted = logical_shapes(model)
     for name in wanted:
         if name not in shapes:
@@ -70,9 +74,9 @@ def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, whe
             )
         if tuple(shapes[name]) != wanted[name]:
             raise CheckpointError(
-                f"{where} is a checkpoint of another model: its {name} is {list(shapes[name])}, the configured model's is "
-                f"{list(wanted[name])}. Set the model section to the checkpoint's, or start anew with --fresh or another "
-                "launch.run_dir."
+                f"{where} is a checkpoint of another model: its {name} is {list(shapes[name])}, the configured model's "
+                f"is {list(wanted[name])}. Set the model section to the checkpoint's, or start anew with --fresh or "
+                "another launch.run_dir."
             )
     extra = sorted(set(shapes) - set(wanted))
     if extra:
@@ -95,8 +99,9 @@ def check_same_data(saved: dict[str, Any], current: dict[str, Any], where: str) 
     for key, what in _WHAT.items():
         if saved.get(key) != current[key]:
             raise CheckpointError(
-                f"{where} cannot be resumed with this data: {what} ({saved.get(key)!r} then, {current[key]!r} now), so its "
-                "count of samples means other text. Set it back, or start anew with --fresh or another launch.run_dir."
+                f"{where} cannot be resumed with this data: {what} ({saved.get(key)!r} then, {current[key]!r} now), so "
+                "its count of samples means other text. Set it back, or start anew with --fresh or another "
+                "launch.run_dir."
             )
 
 

@@ -5,14 +5,12 @@ the last by the data ranks, stage 2 the gradients too, stage 3 the weights too.
 """
 
 import gc
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptdist.engine.engine import TrainEngine
 from gptdist.model.parameters import parameter_count
 from gptdist.world import World
 from tests.dist.cases import MODELS, Case, batch_of, engine_of
@@ -24,16 +22,23 @@ MICRO_BATCHES = 4
 MODEL = MODELS["modern tied"].model_copy(update={"hidden_size": 256, "ffn_hidden_size": 768, "vocab_size": 1024})
 
 
-@dataclass(frozen=True)
-class Live:
-    """Bytes a parameter, on the fullest rank."""
+# Bytes a parameter by (precision, stage). Weights, fp32 gradients (gone between steps, but where they share memory that
+# stays: the flat buffer, or stage 3's partition), master weights and two moments; fp32 stage 1 and above keeps its masters apart.
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+SLACK = 0.3  # activations, data, buckets under way
 
-    accumulating: float  # before the last micro-batch's forward
-    between_steps: float
+
+def theory(precision: str, zero_stage: int) -> tuple[float, float]:
+    """Bytes a parameter (before the last micro-batch, between steps)."""
+    share = [1 / DATA_RANKS if zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
+    state, gradients, weights = 12 * share[0], 4 * share[1], WEIGHT_BYTES[precision] * share[2]
+    kept_gradients = 0.0 if zero_stage == 2 else gradients
+    return weights + gradients + state, weights + kept_gradients + state
 
 
 def measure(world: World, case: Case) -> tuple[int, int]:
     """Live bytes on this rank: before the last micro-batch of the third step, and after that step."""
+    batch_of(case, world, 1)  # the text stays in memory
     empty = live_bytes()
     counts: list[int] = []
     with engine_of(case, world) as engine:
@@ -65,3 +70,45 @@ def live_bytes() -> int:
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
     return sum(storages.values())
+
+
+@pytest.mark.parametrize("precision", WEIGHT_BYTES)
+def test_each_stage_saves_what_theory_says(pool: RankPool, precision: str) -> None:
+    numbers = parameter_count(MODEL)
+    fullest: dict[int, tuple[float, float]] = {}
+    lines = [f"{precision}, {DATA_RANKS} data ranks: bytes a parameter, seen (theory)"]
+    for zero_stage in range(4):
+        fields = {"global_batch_size": DATA_RANKS * MICRO_BATCHES, "precision": precision}
+        by_rank = pool.run(measure, DATA_RANKS, Case(MODEL, DATA_RANKS, {"zero_stage": zero_stage}, fields))
+        seen = tuple(max(moment) / numbers for moment in zip(*by_rank, strict=True))
+        fullest[zero_stage] = (seen[0], seen[1])
+        expected = theory(precision, zero_stage)
+        cells = [f"{mine:5.2f} ({theirs:5.2f})" for mine, theirs in zip(seen, expected, strict=True)]
+        lines.append(f"ZeRO {zero_stage}: accumulating {cells[0]}, between steps {cells[1]}")
+    print("\n" + "\n".join(lines))
+    for zero_stage, seen in fullest.items():
+        for mine, theirs in zip(seen, theory(precision, zero_stage), strict=True):
+            assert abs(mine - theirs) <= SLACK, (zero_stage, mine, theirs)
+    for lower in range(3):
+        assert all(more < less for more, less in zip(fullest[lower + 1], fullest[lower], strict=True))
+
+
+def test_a_closed_engine_leaves_nothing(pool: RankPool) -> None:
+    """Ranks are reused for hundreds of engines; so might a process that evaluates between two trainings."""
+    case = Case(MODEL, 2, {"zero_stage": 3})
+    for lost in pool.run(left_behind, 2, case):
+        assert lost < 0.05 * 4 * parameter_count(MODEL)
+
+
+def left_behind(world: World, case: Case) -> int:
+    """Live bytes that two engines, made and closed one after the other, add to those of one."""
+
+    def live_after_an_engine() -> int:
+        with engine_of(case, world) as engine:
+            engine.train_step(batch_of(case, world, 1), 1e-3, 1)
+        del engine
+        return live_bytes()
+
+    first = live_after_an_engine()
+    live_after_an_engine()
+    return live_after_an_engine() - first

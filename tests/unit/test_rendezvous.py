@@ -148,7 +148,7 @@ def test_the_innermost_launcher_counts() -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_nproc_under_a_launcher(launcher: str) -> None:
     environment = LAUNCHERS[launcher]([4], 1, 0, 1)
-    with pytest.raises(ConfigError, match="--nproc 2 .*rank 1 of 4 under"):
+    with pytest.raises(ConfigError, match=r"--nproc 2 .*rank 1 of 4 under"):
         find_world(environment, nproc=2)
     assert find_world(environment, nproc=1) == find_world(environment)
     assert find_world(LAUNCHERS[launcher]([1], 0, 0, 0), nproc=8) is None, "one task may start ranks of its own"
