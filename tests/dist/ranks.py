@@ -28,6 +28,7 @@ import torch.distributed as dist
 from gptdist.world import World
 
 MOST_RANKS = 8
+MOST_THREADS = 20
 _ROOT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1
 # What a rank says when another one left it alone: never the first error.
@@ -68,7 +69,9 @@ class RankPool:
             for global_rank, (_, pipe) in enumerate(ranks):
                 world = World(global_rank, world_size, global_rank, world_size, master_port=store.port)
                 pipe.send((function, world, args))
-            results = self._collect([pipe for _, pipe in ranks], timeout_seconds)
+            results, worn_out = self._collect([pipe for _, pipe in ranks], timeout_seconds)
+            if worn_out:
+                self.close()
         except BaseException as error:
             self.close(show_stacks=isinstance(error, TimeoutError))
             raise
@@ -104,8 +107,9 @@ class RankPool:
             theirs.close()
             self._ranks.append((process, ours))
 
-    def _collect(self, pipes: list[Connection], timeout_seconds: float) -> list[Any]:
+    def _collect(self, pipes: list[Connection], timeout_seconds: float) -> tuple[list[Any], bool]:
         results: dict[int, Any] = {}
+        worn_out = False
         failures: dict[int, _Failure] = {}
         deadline = time.monotonic() + timeout_seconds
         while len(results) < len(pipes):
@@ -117,14 +121,15 @@ class RankPool:
             for pipe in ready:
                 number = pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    failed, answer = pipes[number].recv()
+                    failed, answer, worn = pipes[number].recv()
                 except (EOFError, ConnectionResetError):
-                    failed, answer = True, _Failure("the process ended", lost_peer=False)
+                    failed, answer, worn = True, _Failure("the process ended", lost_peer=False), True
+                worn_out |= worn
                 (failures if failed else results)[number] = answer
             if failures:
                 _raise_first(failures, give_up=not ready)
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-        return [results[number] for number in range(len(pipes))]
+        return [results[number] for number in range(len(pipes))], worn_out
 
 
 def _raise_first(failures: dict[int, _Failure], give_up: bool) -> None:
@@ -167,7 +172,9 @@ def _serve(pipe: Connection) -> None:
             lost_peer = any(words in str(error).lower() for words in _LOST_PEER)
             answer = (True, _Failure(text, lost_peer))
         del function, args
-        pipe.send(answer)
+        # DeepSpeed's ZeRO 3 keeps an engine alive for ever, and with it gloo's threads, which slow down all that follows.
+        worn_out = len(os.listdir("/proc/self/task")) > MOST_THREADS
+        pipe.send((*answer, worn_out))
 
 
 def _run_in_group(function: Callable[..., Any], world: World, args: tuple[Any, ...]) -> Any:
