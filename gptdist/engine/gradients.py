@@ -39,13 +39,18 @@ class FlatGradients:
         ranks = self.data.size()
         part = self.flat.numel() // ranks
         mine = self.flat[self.data.rank() * part :][:part] if scatter else self.flat
-        if ranks > 1:
-            if scatter:
-                dist.reduce_scatter_tensor(mine, self.flat, group=self.data)
-            else:
-                dist.all_reduce(self.flat, group=self.data)
-            mine.mul_(1.0 / ranks)
-        return mine
+        if ranks == 1:
+            return mine
+        if scatter and self.flat.device.type == "cpu":
+            # gloo scatters by reducing everything everywhere: twice the bytes, and a copy of the buffer.
+            parts = torch.empty_like(self.flat)
+            dist.all_to_all_single(parts, self.flat, group=self.data)
+            return torch.mean(parts.view(ranks, part), dim=0, out=mine)
+        if scatter:
+            dist.reduce_scatter_tensor(mine, self.flat, group=self.data)
+        else:
+            dist.all_reduce(self.flat, group=self.data)
+        return mine.mul_(1.0 / ranks)
 
     def slices(self, part: Tensor) -> Iterator[tuple[nn.Parameter | None, Tensor]]:
         """(parameter, its elements in `part`), in order; a last (None, padding) where `part` reaches past them."""

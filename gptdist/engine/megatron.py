@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
@@ -75,6 +76,7 @@ def build_groups(layout: Layout, world: World) -> Groups:
 def destroy_groups() -> None:
     """Forget the groups, so that another layout can be built in the same process."""
     parallel_state.destroy_model_parallel()
+    RotaryEmbedding.forward.cache_clear()  # it is cached by instance, and would keep whole networks alive
 
 
 @dataclass(frozen=True)

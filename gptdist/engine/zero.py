@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 import deepspeed
 from deepspeed.ops.op_builder import ShareMemCommBuilder
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -124,6 +125,8 @@ class ZeroOptimizer:
         self.engine.destroy()
         for hook in self._hooks:
             hook.remove()
+        if self.stage == 3:
+            FWD_MODULE_STACK.remove(self.network.chunks)  # where stage 3 would keep the whole network for ever
 
     # -- one step ------------------------------------------------------------------------------------------------
 

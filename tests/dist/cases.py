@@ -81,7 +81,9 @@ class Case:
 @contextmanager
 def engine_of(case: Case, world: World) -> Iterator[TrainEngine]:
     """An engine with its initial weights; its groups are forgotten afterwards."""
-    optimizer = OptimizerConfig(**{"learning_rate": LEARNING_RATE, "weight_decay": 0.1, "clip_norm": 1.0, **case.optimizer})
+    optimizer = OptimizerConfig(
+        **{"learning_rate": LEARNING_RATE, "weight_decay": 0.1, "clip_norm": 1.0, **case.optimizer}
+    )
     engine = TrainEngine(case.model, optimizer, case.parallel_config, case.train_config, case.layout, world)
     try:
         engine.initialise()

@@ -1,7 +1,7 @@
 """Runs the `gptdist` command in processes of its own, forked from the fork server, which has imported the engine once.
 
-What runs is `launch.cli.main(argv)` from an empty environment of ranks, with its output in files; only the interpreter's
-start is saved. Also knows the tiny run that the tests of the command share, and how to read what a run left behind.
+What runs is `launch.cli.main(argv)` with its output in files; only the interpreter's start is saved. Also knows the
+tiny run that the tests of the command share, and how to read what a run left behind.
 """
 
 import ctypes
@@ -110,7 +110,8 @@ class Command:
         self._process.join(timeout_seconds)
         if self.is_running():
             self.kill()
-            raise TimeoutError(f"it ran for over {timeout_seconds:.0f} s\n{self._text(self._out)}{self._text(self._err)}")
+            output = self._text(self._out) + self._text(self._err)
+            raise TimeoutError(f"it ran for over {timeout_seconds:.0f} s\n{output}")
         return Ended(self._process.exitcode or 0, self._text(self._out), self._text(self._err))
 
     def kill(self) -> Ended:

@@ -11,7 +11,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -157,7 +156,7 @@ def _importable() -> Any:
 def _serve(pipe: Connection) -> None:
     """A rank's life: one function after the other, until the pool closes the pipe or dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server itself ends when pytest does
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     while True:
@@ -172,7 +171,7 @@ def _serve(pipe: Connection) -> None:
             lost_peer = any(words in str(error).lower() for words in _LOST_PEER)
             answer = (True, _Failure(text, lost_peer))
         del function, args
-        # DeepSpeed's ZeRO 3 keeps an engine alive for ever, and with it gloo's threads, which slow down all that follows.
+        # An engine that something keeps alive keeps gloo's threads, which slow down all that follows.
         worn_out = len(os.listdir("/proc/self/task")) > MOST_THREADS
         pipe.send((*answer, worn_out))
 

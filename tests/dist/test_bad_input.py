@@ -35,7 +35,8 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
 def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A run of two steps, both saved; its corpus is where it was."""
     folder = tmp_path_factory.mktemp("trained")
-    Commands(folder, corpus).train(folder / "run", train__steps=2, schedule__warmup_steps=0, checkpoint__interval=1).expect(0)
+    settings = {"train__steps": 2, "schedule__warmup_steps": 0, "checkpoint__interval": 1}
+    Commands(folder, corpus).train(folder / "run", **settings).expect(0)
     return folder / "run"
 
 

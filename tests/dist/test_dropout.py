@@ -1,9 +1,10 @@
-"""Dropout under tensor and sequence parallelism: the same masks where activations are the same, others where they differ.
+"""Dropout under tensor and sequence parallelism: equal masks where activations are equal, others where they differ.
 
 Masks are seen through the random state that each dropout starts from: equal states draw equal masks.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def test_sequence_parallel_ranks_drop_differently(pool: RankPool) -> None:
     for kind in ("residual", "attention"):
         assert len(set(one[kind])) == len(one[kind]) > 0
         assert not set(one[kind]) & set(other[kind]), kind
-    kept = [torch.tensor(sum(seen["kept"], [])) for seen in (one, other)]
+    kept = [torch.tensor(list(itertools.chain.from_iterable(seen["kept"]))) for seen in (one, other)]
     rate = 1 - MODEL.dropout
     agree = (kept[0] == kept[1]).double().mean().item()
     count = kept[0].numel()

@@ -8,7 +8,6 @@ import gc
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from gptdist.model.parameters import parameter_count
@@ -22,14 +21,16 @@ MICRO_BATCHES = 4
 MODEL = MODELS["modern tied"].model_copy(update={"hidden_size": 256, "ffn_hidden_size": 768, "vocab_size": 1024})
 
 
-# Bytes a parameter by (precision, stage). Weights, fp32 gradients (gone between steps, but where they share memory that
-# stays: the flat buffer, or stage 3's partition), master weights and two moments; fp32 stage 1 and above keeps its masters apart.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 SLACK = 0.3  # activations, data, buckets under way
 
 
 def theory(precision: str, zero_stage: int) -> tuple[float, float]:
-    """Bytes a parameter (before the last micro-batch, between steps)."""
+    """Bytes a parameter (before the last micro-batch, between steps).
+
+    Weights; fp32 gradients, which only stage 2 gives back between steps (stages 0 and 1 keep their flat buffer, stage 3
+    its partition); fp32 master weights, in fp32 training too, and two moments.
+    """
     share = [1 / DATA_RANKS if zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
     state, gradients, weights = 12 * share[0], 4 * share[1], WEIGHT_BYTES[precision] * share[2]
     kept_gradients = 0.0 if zero_stage == 2 else gradients

@@ -1,7 +1,7 @@
 """The same weights in Hugging Face transformers give the same logits: an oracle that nobody here wrote.
 
-Every weight is random, norms and biases too. They are taken from the engine as a checkpoint would take them, so the names,
-shapes and row orders of the logical model are judged as well.
+Every weight is random, norms and biases too. They are taken from the engine as a checkpoint would take them, so the
+names, shapes and row orders of the logical model are judged as well.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptdist.checkpoint.logical import Box
 from gptdist.config.sections import ModelConfig
@@ -19,7 +19,9 @@ from gptdist.world import World
 from tests.dist.cases import MODELS, Case, RandomWeights, assemble, engine_of, held, text
 from tests.dist.ranks import RankPool
 
-transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is the oracle; install extra `test`")
+transformers = pytest.importorskip(
+    "transformers", reason="Hugging Face transformers is the oracle; install extra `test`"
+)
 
 BOUND = 1e-5  # largest absolute difference of a logit, fp32
 STD = 0.05
@@ -91,10 +93,11 @@ def oracle_logits(model: ModelConfig, weights: dict[str, Tensor], tokens: Tensor
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
     network.tie_weights()
-    return network.eval()(tokens).logits
+    logits: Tensor = network.eval()(tokens).logits
+    return logits
 
 
-def _gpt2(model: ModelConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+def _gpt2(model: ModelConfig, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     config = transformers.GPT2Config(
         vocab_size=model.vocab_size,
         n_positions=model.sequence_length,
@@ -128,7 +131,7 @@ def _gpt2(model: ModelConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, di
     return transformers.GPT2LMHeadModel(config), state
 
 
-def _llama(model: ModelConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+def _llama(model: ModelConfig, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     config = transformers.LlamaConfig(
         vocab_size=model.vocab_size,
         max_position_embeddings=model.sequence_length,
@@ -167,4 +170,3 @@ def _query_key_value(model: ModelConfig, qkv: Tensor) -> tuple[Tensor, Tensor, T
     grouped = qkv.view(model.kv_heads, queries + 2, model.head_size, *rest)
     query, key, value = grouped.split([queries, 1, 1], dim=1)
     return query.reshape(-1, *rest), key.reshape(-1, *rest), value.reshape(-1, *rest)
-

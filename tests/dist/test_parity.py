@@ -1,7 +1,7 @@
 """Every layout trains as one rank does: losses and gradient norms of the first 10 steps, fp32, real text.
 
-By default a covering subset runs (every ZeRO stage under every layout, the four models in turn); with GPTDIST_FULL=1 the
-whole matrix does, and its table is kept in docs/parity.md. The bound is 2e-5 relative for every number.
+By default a covering subset runs (every ZeRO stage under every layout, the four models in turn); with GPTDIST_FULL=1
+the whole matrix does, and its table is kept in docs/parity.md. The bound is 2e-5 relative for every number.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A run from its start to its ends: stops that can be resumed, faults that must not stop it, launchers, what comes after.
+"""A run from its start to its ends: stops that can be resumed, faults, outer launchers, and what comes after.
 
 Through the command, on a tiny model.
 """
@@ -78,7 +78,8 @@ def test_stop_after_and_fresh(commands: Commands, tmp_path: Path) -> None:
 
     fresh = commands.train(run_dir, 1, "--fresh", train__stop_after=2, train__seed=7).expect(75)
     aside = run_dir / "checkpoints" / "set-aside-1"
-    assert str(aside) in fresh.out and sorted(path.name for path in aside.iterdir()) == ["step-00000003", "step-00000004"]
+    assert str(aside) in fresh.out
+    assert sorted(path.name for path in aside.iterdir()) == ["step-00000003", "step-00000004"]
     assert checkpoint_names(run_dir) == ["step-00000002"]
     assert curve(run_dir)[1] != first[1], "it did not start anew"
     assert "seed: 7" in (run_dir / "config.yaml").read_text()
@@ -96,7 +97,9 @@ def test_a_finished_run(finished: Path, commands: Commands) -> None:
     # The ramp: three sizes, 4, 8 and 12, each from a third of the 24 samples on.
     assert [int(curve(finished)[step][2]) for step in range(1, 11)] == [4, 8, *range(16, 16 + 8 * 12, 12)]
     assert checkpoint_names(finished) == ["step-00000006", "step-00000009", "step-00000010"]
-    assert {path.name for path in finished.iterdir()} == {"config.yaml", "tokenizer.json", "metrics.jsonl", "checkpoints"}
+    assert sorted(path.name for path in finished.iterdir()) == sorted(
+        ["config.yaml", "tokenizer.json", "metrics.jsonl", "checkpoints"]
+    )
 
     before = tree(finished)
     again = commands.run("train", finished / "config.yaml", "--nproc", 2).expect(0)
