@@ -180,7 +180,10 @@ def _run_in_group(function: Callable[..., Any], world: World, args: tuple[Any, .
     store = dist.TCPStore(world.master_address, world.master_port, world.world_size + 1, is_master=False)
     dist.init_process_group("gloo", store=store, rank=world.global_rank, world_size=world.world_size)
     try:
-        return function(world, *args)
+        dist.barrier()  # no rank may leave while another still connects,
+        result = function(world, *args)
+        dist.barrier()  # or still reads what was sent to it
+        return result
     finally:
         _forget_groups()
 
