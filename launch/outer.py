@@ -1,5 +1,4 @@
-"""From an outer launcher's environment (torchrun, mpirun, srun) to a `World`, or None where nobody started us as a
-rank.
+"""From an outer launcher's environment (torchrun, mpirun, srun) to a `World`; None where we are nobody's rank.
 
 Holds the table of every launcher's variables. Pure: it is handed an environment, opens no socket and imports no MPI.
 """

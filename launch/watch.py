@@ -1,5 +1,4 @@
-"""Watches the ranks of a local launch until all have ended: output, reports, signals, the first failure, the rest's
-end.
+"""Watches the ranks of a local launch until all have ended: output, reports, signals, failures.
 
 Knows processes and pipes; which of several failures counts is `verdict.py`'s to say.
 """

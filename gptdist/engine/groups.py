@@ -1,5 +1,7 @@
-"""The process groups a rank is in, as one value. Made by `megatron.py`, from Megatron's own, and handed to
-DeepSpeed."""
+"""The process groups a rank is in, as one value.
+
+Made by `megatron.py` from Megatron's own, and handed to DeepSpeed; knows neither library.
+"""
 
 from dataclasses import dataclass
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,10 @@ def test_the_command_starts_without_torch() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    ignored = pytestconfig.getini("norecursedirs")
+    folders = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    assert "dist" in folders
+    assert not [name for name in folders for pattern in ignored if fnmatch(name, pattern) and name[0] not in "._"]
