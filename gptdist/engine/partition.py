@@ -1,8 +1,8 @@
 """This rank's share of the optimizer state, as ranges of its parameters.
 
-Checkpoints and initial weights go through it. Pure bookkeeping over torch tensors; knows no engine. A share is a few flat
-fp32 tensors (master weights) with their two Adam moments beside them; each range of them belongs to a range of one local
-parameter, hence to boxes of logical tensors.
+Checkpoints and initial weights go through it. Pure bookkeeping over torch tensors; knows no engine. A share is a few
+flat fp32 tensors (master weights) with their two Adam moments beside them; each range of them belongs to a range of one
+local parameter, hence to boxes of logical tensors.
 """
 
 from collections.abc import Iterator
