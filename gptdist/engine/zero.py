@@ -101,7 +101,8 @@ class ZeroOptimizer:
         data = groups.alone if self.replicated else groups.data
         self._hooks = _sum_over_tensor_ranks_at_once(network) if self.flow is GradientFlow.EACH_MICRO_BATCH else []
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine insists on finding it there
-        config = deepspeed_config(optimizer, parallel, train, data.size(), self.flow, self.stage)
+        size = sum(local.parameter.numel() for local in network.parameters)
+        config = deepspeed_config(optimizer, parallel, train, data.size(), size, self.flow, self.stage)
         if self.stage == 3 and network.model.tie_embeddings and groups.layout.pipeline == 1:
             _register_tied_output(network)
         self.engine, *_ = deepspeed.initialize(
@@ -264,6 +265,7 @@ def deepspeed_config(
     parallel: ParallelConfig,
     train: TrainConfig,
     data_ranks: int,
+    local_parameters: int,
     flow: GradientFlow,
     stage: int,
 ) -> dict[str, Any]:
@@ -272,7 +274,8 @@ def deepspeed_config(
         "stage": stage,
         "contiguous_gradients": stage == 2,
         "overlap_comm": False,
-        "reduce_bucket_size": 25_000_000,
+        # Stage 2 allocates all of it, so no more than could ever fill it.
+        "reduce_bucket_size": min(25_000_000, local_parameters),
         "stage3_param_persistence_threshold": 10_000,
         "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
     }

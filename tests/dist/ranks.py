@@ -5,12 +5,12 @@ gives the first ranks a fresh gloo group on the loopback interface and takes it 
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,7 +29,6 @@ from gptdist.world import World
 MOST_RANKS = 8
 MOST_THREADS = 20
 _ROOT = Path(__file__).resolve().parents[2]
-_PR_SET_PDEATHSIG = 1
 # What a rank says when another one left it alone: never the first error.
 _LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "timed out")
 _GRACE_SECONDS = 5.0  # for the error of the rank that failed first to arrive
@@ -155,7 +154,7 @@ def _importable() -> Any:
 
 def _serve(pipe: Connection) -> None:
     """A rank's life: one function after the other, until the pool closes the pipe or dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server itself ends when pytest does
+    threading.Thread(target=_end_with_pytest, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -174,6 +173,14 @@ def _serve(pipe: Connection) -> None:
         # An engine that something keeps alive keeps gloo's threads, which slow down all that follows.
         worn_out = len(os.listdir("/proc/self/task")) > MOST_THREADS
         pipe.send((*answer, worn_out))
+
+
+def _end_with_pytest() -> None:
+    """A busy rank must end too, and the fork server, whose child it is, outlives pytest as long as a rank does."""
+    pytest_process = multiprocessing.parent_process()
+    if pytest_process is not None:
+        connection.wait([pytest_process.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run_in_group(function: Callable[..., Any], world: World, args: tuple[Any, ...]) -> Any:

@@ -15,14 +15,12 @@ from gptdist.world import World
 from tests.dist.ranks import RankError, RankPool
 
 ROOT = Path(__file__).resolve().parents[2]
-# Starts two ranks, says who they are, and waits to be killed.
+# Two ranks that say who they are and are busy when their parent is killed.
 KILLED = """
-import time
 from tests.dist.ranks import RankPool
-from tests.dist.test_ranks import process_id
+from tests.dist.test_ranks import say_and_hang
 if __name__ == "__main__":
-    print(*RankPool().run(process_id, 2), flush=True)
-    time.sleep(60)
+    RankPool().run(say_and_hang, 2)
 """
 
 
@@ -45,6 +43,11 @@ def fail_on_one(world: World) -> None:
 def hang_on_one(world: World) -> None:
     if world.global_rank == 1:
         time.sleep(60)
+
+
+def say_and_hang(world: World) -> None:
+    os.write(1, f"{os.getpid()}\n".encode())  # in one piece, whatever the other rank writes
+    time.sleep(60)
 
 
 def is_running(pid: int) -> bool:
@@ -83,12 +86,12 @@ def test_killing_the_parent_leaves_no_rank() -> None:
         [sys.executable, "-c", KILLED], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    pids = [int(word) for word in parent.stdout.readline().split()]
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
     assert len(pids) == 2 and all(is_running(pid) for pid in pids)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 5
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its parent"
         time.sleep(0.05)
