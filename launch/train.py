@@ -20,7 +20,7 @@ from gptdist.data.order import WindowOrder
 from gptdist.data.reader import TokenReader
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import TrainEngine
-from gptdist.engine.zero import memory_note
+from gptdist.engine.zero_config import memory_note
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CorpusError, StorageError
 from gptdist.layout import Layout
 from gptdist.model.parameters import flops_per_token, parameter_count

@@ -1,14 +1,9 @@
 """DeepSpeed's ZeRO around a `Network`: the only file that imports deepspeed.
 
-DeepSpeed owns the optimizer state and its partitioning, clipping, loss scaling, skipping and offload. How gradients
-reach it depends on the stage, and `GradientFlow` names the three ways; see docs/engine.md for why each exists.
-
-- FLAT: stages 0 and 1, and 2 under a pipeline. Whole fp32 gradients in one buffer, reduced once a step.
-- EACH_MICRO_BATCH: stages 2 and 3 without a pipeline. DeepSpeed reduces after each backward; no whole gradients stay.
-- COALESCED: stage 3 under a pipeline, and offload under a pipeline. DeepSpeed reduces once, after the schedule.
+DeepSpeed owns the optimizer state and its partitioning, clipping, loss scaling, skipping and offload. What it is told,
+and which way gradients reach it, is decided in `zero_config.py`; this file does it.
 """
 
-import enum
 import logging
 import os
 from collections.abc import Callable
@@ -25,6 +20,7 @@ from gptdist.engine.gradients import FlatGradients
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import DTYPES, LocalParameter, Network
 from gptdist.engine.partition import FlatState, ParameterRange
+from gptdist.engine.zero_config import GradientFlow, choose_flow, deepspeed_config
 from gptdist.errors import TrainingDiverged
 from gptdist.model.parameters import decayed
 
@@ -41,12 +37,6 @@ deepspeed_logger.setLevel(logging.ERROR)
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
-class GradientFlow(enum.Enum):
-    FLAT = "flat"
-    EACH_MICRO_BATCH = "each micro-batch"
-    COALESCED = "coalesced"
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What an optimizer step did, the same on every rank."""
@@ -54,32 +44,6 @@ class StepResult:
     grad_norm: float  # before clipping; inf where the step was skipped
     skipped: bool
     loss_scale: float
-
-
-def choose_flow(parallel: ParallelConfig) -> tuple[GradientFlow, int]:
-    """The flow, and the stage DeepSpeed is given.
-
-    Stage 2 under a pipeline is stage 1 to DeepSpeed: a pipeline's schedule interleaves micro-batches, whole gradients
-    stay until its end, and there is nothing left for stage 2 to save. Stage 0 is stage 1 over a data group of one rank,
-    after a plain all-reduce: the same optimizer code, nothing partitioned.
-    """
-    pipelined = parallel.pipeline > 1
-    if parallel.zero_stage == 3:
-        return (GradientFlow.COALESCED if pipelined else GradientFlow.EACH_MICRO_BATCH), 3
-    if parallel.zero_stage == 2 and not pipelined:
-        return GradientFlow.EACH_MICRO_BATCH, 2
-    return (GradientFlow.COALESCED if parallel.offload_optimizer else GradientFlow.FLAT), 1
-
-
-def memory_note(parallel: ParallelConfig) -> str | None:
-    """What a chosen stage does not save, where a pipeline keeps it from saving what its name promises; else None."""
-    if parallel.pipeline == 1 or parallel.zero_stage < 2:
-        return None
-    saves = "optimizer state, as ZeRO 1" if parallel.zero_stage == 2 else "optimizer state and weights"
-    return (
-        f"ZeRO {parallel.zero_stage} under a pipeline saves {saves}, but no gradient memory: micro-batches are in "
-        "flight on all stages, so whole gradients stay on each rank until the step's end"
-    )
 
 
 class ZeroOptimizer:
@@ -102,7 +66,7 @@ class ZeroOptimizer:
         self._hooks = _sum_over_tensor_ranks_at_once(network) if self.flow is GradientFlow.EACH_MICRO_BATCH else []
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine insists on finding it there
         size = sum(local.parameter.numel() for local in network.parameters)
-        config = deepspeed_config(optimizer, parallel, train, data.size(), size, self.flow, self.stage)
+        config = deepspeed_config(optimizer, parallel, train, data.size(), size, pin_memory=torch.cuda.is_available())
         if self.stage == 3 and network.model.tie_embeddings and groups.layout.pipeline == 1:
             _register_tied_output(network)
         self.engine, *_ = deepspeed.initialize(
@@ -258,54 +222,6 @@ class ZeroOptimizer:
 
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def deepspeed_config(
-    optimizer: OptimizerConfig,
-    parallel: ParallelConfig,
-    train: TrainConfig,
-    data_ranks: int,
-    local_parameters: int,
-    flow: GradientFlow,
-    stage: int,
-) -> dict[str, Any]:
-    """DeepSpeed's dict, derived from ours. Megatron counts micro-batches, so DeepSpeed sees one accumulation step."""
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "contiguous_gradients": stage == 2,
-        "overlap_comm": False,
-        # Stage 2 allocates all of it, so no more than could ever fill it.
-        "reduce_bucket_size": min(25_000_000, local_parameters),
-        "stage3_param_persistence_threshold": 10_000,
-        "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
-    }
-    if parallel.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    config: dict[str, Any] = {
-        "train_batch_size": train.micro_batch_size * data_ranks,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm,
-        "communication_data_type": "fp32",
-        # Flat gradients are fp32 without DeepSpeed's help; asked for it at stage 1 in bf16, it takes another optimizer.
-        "data_types": {"grad_accum_dtype": train.precision if flow is GradientFlow.FLAT else "fp32"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam compiles when first used; torch's fused one does not
-        "steps_per_print": 1_000_000_000,
-    }
-    if train.precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    if train.precision == "fp16":
-        config["fp16"] = {
-            "enabled": True,
-            "loss_scale": 0,
-            "initial_scale_power": train.loss_scale.bit_length() - 1,
-            "loss_scale_window": train.loss_scale_window,
-            "hysteresis": 1,
-            "min_loss_scale": 1,
-        }
-    return config
 
 
 def check_understood(engine: Any, config: dict[str, Any]) -> None:
