@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gptdist.config.units import Duration
+from gptdist.config.units import ByteSize, Duration
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -57,13 +57,47 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_heads
 
 
-class DataConfig(Section):
-    """Which corpus, in which order."""
+class BlendPart(Section):
+    """One corpus of a blend."""
 
-    corpus: str = Field(description="Folder that `gptdist data build` made; relative to the current folder.")
+    corpus: str = Field(description="Folder or URL of the corpus.")
+    weight: PositiveFloat = Field(description="Its share of the samples, relative to the other weights.")
+
+
+class BlendPhase(Section):
+    """Another blend from some sample on."""
+
+    from_sample: PositiveInt = Field(description="First sample of the phase, counted from 0.")
+    blend: tuple[BlendPart, ...]
+
+
+class DataConfig(Section):
+    """Which text, in which order."""
+
+    corpus: str | None = Field(
+        None, description="Folder that `gptdist data build` made, relative to the current folder, or its URL."
+    )
+    blend: tuple[BlendPart, ...] | None = Field(None, description="Instead of data.corpus: several, by weight.")
+    phases: tuple[BlendPhase, ...] = Field((), description="Blends that replace data.blend from a sample on.")
     seed: NonNegativeInt = Field(1234, description="Key of the order of samples.")
+    shuffle: Literal["global", "local"] = Field(
+        "global", description="global: any window may follow any; local: blocks of neighbours, for object storage."
+    )
+    shuffle_blocks: PositiveInt = Field(16, description="Local shuffle: blocks whose windows are mixed at a time.")
+    shuffle_block_tokens: PositiveInt | None = Field(
+        None, description="Local shuffle: tokens of a block; null: those of a mean shard."
+    )
+    mask_documents: bool = Field(False, description="Attention and positions stop at the ends of documents.")
     prefetch: PositiveInt = Field(4, description="Global batches read ahead.")
     verify: bool = Field(True, description="Check each chunk of a shard against its digest the first time it is read.")
+    cache_dir: str | None = Field(
+        None, description="Folder on the node's own disk for shards behind a URL; null: in the temporary folder."
+    )
+    cache_size: ByteSize = Field(32 << 30, description="Room the cache may take on a node.")
+    fetch_attempts: PositiveInt = Field(6, description="Tries to fetch a shard, each after a longer wait.")
+    max_unreadable_shards: NonNegativeInt = Field(
+        0, description="Shards that may stay unreadable, their windows replaced; one more ends the run."
+    )
 
 
 class ParallelConfig(Section):
