@@ -1,247 +1,320 @@
-"""Builds a corpus folder from text: the stages in their order, and nothing half-written under the final name.
+"""Builds a corpus folder from text: START HERE for the build. The stages in their order, and who takes part in each.
 
-Knows which stage follows which and where the result goes; what a stage does is in its own file. All is written into a
-hidden sibling folder, flushed to the disk, and renamed at the end.
+An external merge sort: pieces of the sources are read, cleaned and tokenised into runs sorted by a keyed hash of each
+document; what concerns all documents is decided; each shard then takes its range of hashes from every run. The same
+sources and options give the same bytes, whoever did the work and however often it was killed. Memory, for any size of
+corpus: each worker holds a piece (`Plan.piece_bytes` of text, some five times over) or a shard (twice over).
 """
 
-import errno
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data_tools.arrange import limited, shuffled, split_documents
-from data_tools.shards import SplitWriter, write_durably
-from data_tools.sources import (
-    DEFAULT_EXCLUDE,
-    DEFAULT_SUFFIXES,
-    Document,
-    Progress,
-    Scan,
-    SourceOptions,
-    read_document,
-    scan_sources,
-)
+from data_tools.arrange import HASH_RANGE, keyed_hash
+from data_tools.decide import decide
+from data_tools.documents import Document
+from data_tools.duplicate_tasks import find_exact_duplicates, find_near_duplicates, partitions
+from data_tools.fast_tokenizing import choose_encoder
+from data_tools.finish import finish_corpus
+from data_tools.formats import read_piece
+from data_tools.gram_tasks import collect_grams, count_grams, find_common
+from data_tools.job import COMMON_FILE, DECISIONS_FILE, Job, open_job
+from data_tools.pieces import Piece
+from data_tools.plan import BuildOptions, Plan, make_plan
+from data_tools.progress import NoProgress, Progress
+from data_tools.statistics import BuildStatistics
+from data_tools.tasks import read_documents, sample_documents, write_one_shard
+from data_tools.team import Alone, Task, Team
 from data_tools.tokenizing import check_tokenizer, train_tokenizer
-from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, SplitInfo, TokenizerInfo
+from data_tools.work import WorkFolder
+from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from gptdist.data.tokenizer import CorpusTokenizer
-from gptdist.errors import CorpusError, StorageError
+from gptdist.errors import CorpusError, GptdistError, StorageError
 
-DEFAULT_CHUNK_TOKENS = 1 << 20
-DEFAULT_SHARD_BYTES = 256 << 20
 # Text that a tokenizer is trained on: more changes the merges little and takes minutes.
 TOKENIZER_SAMPLE_BYTES = 32 << 20
+# Text on which the fast tokenizer must agree with the reference before it is used.
+CHECK_SAMPLE_BYTES = 256 << 10
 
-_BATCH_BYTES = 4 << 20
-_BATCH_DOCUMENTS = 1024
-_LOCK_FILE = "building.lock"
+_TOKENIZER_STATE = "tokenizer.json"
 # No tokenizer packs text tighter than this in practice: a bound that refuses only what cannot fit.
 _MOST_BYTES_PER_TOKEN = 8
 
 
+@dataclass(frozen=True)
+class Share:
+    """This process is part `part` of `parts` that build one corpus together, each with a team of its own.
+
+    Parts talk through the work folder only. Waiting ends when nothing has come from the others for `patience_seconds`.
+    """
+
+    part: int = 0
+    parts: int = 1
+    patience_seconds: float = 3600.0
+
+
+@dataclass(frozen=True)
+class BuiltCorpus:
+    """A corpus that is there. `statistics` None: it was already. `fresh_...`: what this process's team did now."""
+
+    manifest: Manifest
+    statistics: BuildStatistics | None = None
+    tokenizer_said: str = ""
+    fresh_text_bytes: int = 0
+    fresh_tokens: int = 0
+
+
 def build_corpus(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     out_dir: Path,
     tokenizer: str,
     *,
-    validation_sources: Sequence[Path] = (),
-    validation_fraction: float = 0.05,
-    seed: int = 1234,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    text_field: str = "text",
-    max_bytes: int | None = None,
-    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
-    on_bad_text: str = "error",
-    end_of_text: str | None = None,
+    validation_sources: Sequence[str | Path] = (),
+    decontaminate: Sequence[str | Path] = (),
+    team: Team | None = None,
+    share: Share | None = None,
+    fast: bool = True,
+    piece_bytes: int | None = None,
     progress: Progress | None = None,
-) -> Manifest:
+    **options: Any,
+) -> BuiltCorpus | None:
     """Make the corpus `out_dir` from `sources`; the same input gives the same bytes.
 
-    `tokenizer`: a HF tokenizer.json or a folder with one, `train:SIZE`, or `bytes`. With `validation_sources` these
-    validate and the fraction plays no part. `max_bytes` takes a keyed sample of at most so much text. `exclude` names
-    folders that are not searched. `progress(stage, bytes done, bytes in all)` is called often. Raises CorpusError for
-    what is wrong with the sources or the tokenizer, StorageError where `out_dir` cannot be written.
+    `tokenizer`: a HF tokenizer.json or a folder with one, `tiktoken:NAME`, `train:SIZE`, or `bytes`. With
+    `validation_sources` these validate and the fraction plays no part. `decontaminate`: evaluation files whose passages
+    are cut out. `piece_bytes`: how much text a worker holds; None: 32 to 256 MB, by the size of the corpus, which does
+    not depend on it. `options` are those of `BuildOptions`. A build that was killed goes on where it was. None where other
+    parts are still at it. Raises CorpusError for what is wrong with the sources, StorageError where `out_dir` cannot be
+    written, WorkerFailed where a worker died.
     """
-    report = progress or (lambda stage, done, total: None)
-    _check_numbers(validation_fraction, chunk_tokens, shard_bytes, max_bytes, on_bad_text)
     out_dir = Path(out_dir)
-    _check_free(out_dir)
-    ready = check_tokenizer(tokenizer, end_of_text)
-    options = SourceOptions(tuple(suffixes), tuple(exclude), text_field, on_bad_text)
-    scan = scan_sources(sources, options, report)
-    train = limited(shuffled(scan.documents, seed), max_bytes)
-    held_out = scan_sources(validation_sources, options, report) if validation_sources else Scan([], 0, 0)
-    if validation_sources:
-        validation = shuffled(held_out.documents, seed)
-    else:
-        train, validation = split_documents(train, seed, validation_fraction)
-    build = {
-        "tokenizer": tokenizer if ready is None or ready.kind == "bytes" else "file",
-        "seed": seed,
-        "validation_fraction": None if validation_sources else validation_fraction,
-        "max_bytes": max_bytes,
-        "chunk_tokens": chunk_tokens,
-        "shard_bytes": shard_bytes,
-        "skipped_documents": scan.skipped + held_out.skipped,
-        "empty_documents": scan.empty + held_out.empty,
-    }
-    with _new_folder(out_dir, sum(document.text_bytes for document in train + validation)) as folder:
-        if ready is None:
-            ready = train_tokenizer(tokenizer, _sample(train, options, report))
-        dtype = "uint16" if ready.vocab_size < 1 << 16 else "uint32"
-        splits: dict[str, SplitInfo] = {}
-        for name, documents in (("train", train), ("validation", validation)):
-            with SplitWriter(folder, name, dtype, ready.end_of_text, chunk_tokens, shard_bytes) as writer:
-                splits[name] = _write_split(writer, name, documents, ready, options, report)
-        return _write_manifest(folder, ready, dtype, splits, build)
-
-
-def _check_numbers(
-    validation_fraction: float, chunk_tokens: int, shard_bytes: int, max_bytes: int | None, on_bad_text: str
-) -> None:
-    if not 0 <= validation_fraction < 1:
-        raise CorpusError(f"The validation fraction is {validation_fraction}; it must be at least 0 and below 1.")
-    for name, value in (("chunk_tokens", chunk_tokens), ("shard_bytes", shard_bytes), ("max_bytes", max_bytes)):
-        if value is not None and value < 1:
-            raise CorpusError(f"{name} is {value}; it must be at least 1.")
-    if on_bad_text not in ("error", "skip"):
-        raise CorpusError(f"on_bad_text is {on_bad_text!r}; it must be 'error' or 'skip'.")
-
-
-def _check_free(out_dir: Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise CorpusError(f"{out_dir} exists and is not an empty folder. Remove it, or name another with --out.")
-
-
-@contextmanager
-def _new_folder(out_dir: Path, text_bytes: int) -> Iterator[Path]:
-    """A locked hidden folder beside `out_dir` that takes its name when the block ends well, and goes when it does not.
-
-    A killed build leaves only the hidden folder, which the next build of the same name clears away.
-    """
-    target = out_dir.absolute()
-    folder = target.parent / f".{target.name}.building"
+    ready = check_tokenizer(tokenizer, options.get("end_of_text"))
+    # What a corpus says of its tokenizer must not depend on where that lay.
+    named = tokenizer if ready is None or ready.kind == "bytes" else f"sha256:{ready.sha256}"
+    plan = make_plan(
+        *(_named(given) for given in (sources, validation_sources, decontaminate)),
+        _options(named, options),
+        piece_bytes,
+    )
+    if (existing := _existing(out_dir, plan)) is not None:
+        return BuiltCorpus(existing)
+    share = share or Share()
+    work = WorkFolder(out_dir)
+    build = _Build(work, plan, team or Alone(), share, progress or NoProgress(), fast)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _LOCK_FILE).open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CorpusError(
-                    f"Another build of {out_dir} is running. Wait for it, or name another --out."
-                ) from None
-            _clear(folder)
-            _check_room(folder, text_bytes)
-            try:
-                yield folder
-                _sync_folder(folder)
-                os.rename(folder, target)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            (out_dir / _LOCK_FILE).unlink()
-        _sync_folder(out_dir)
-        _sync_folder(target.parent)
+        with work.locked(share.part, share.parts):
+            return build.run(ready)
     except OSError as error:
-        raise _storage_error(error, out_dir) from error
+        raise work.storage_error(error) from error
 
 
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.name != _LOCK_FILE:
-            entry.unlink()
+def _named(sources: Sequence[str | Path]) -> list[str]:
+    return [str(source) for source in sources]
 
 
-def _check_room(folder: Path, text_bytes: int) -> None:
-    needed = 2 * text_bytes // _MOST_BYTES_PER_TOKEN
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise StorageError(
-            f"No room for the corpus in {folder.parent}: {text_bytes:,} bytes of text need at least {needed:,} bytes, "
-            f"{free:,} are free. Free some, or name another --out."
+def _options(tokenizer: str, options: dict[str, Any]) -> BuildOptions:
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return BuildOptions(tokenizer=tokenizer, **given)
+
+
+def _existing(out_dir: Path, plan: Plan) -> Manifest | None:
+    """The corpus that is already there, where it is the one asked for."""
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return None
+    if (out_dir / MANIFEST_FILE).is_file():
+        manifest = Manifest.load(out_dir)
+        if manifest.build.get("plan") == plan.identity():
+            return manifest
+    raise CorpusError(
+        f"{out_dir} exists and is not the corpus of these sources and options. Remove it, or name another with --out."
+    )
+
+
+class _Build:
+    """One process's part in a build, from an open work folder to the corpus."""
+
+    def __init__(self, work: WorkFolder, plan: Plan, team: Team, share: Share, progress: Progress, fast: bool) -> None:
+        self.work, self.plan, self.team, self.share, self.progress = work, plan, team, share, progress
+        self.fast = fast
+        team.while_waiting = lambda: progress.advance(0)
+        self.leads = share.part == 0
+        raw = plan.to_dict()
+        self.raw_plan = raw
+        self.job = Job(str(work.out_dir), raw["fingerprint"])
+        self.fresh_text_bytes = self.fresh_tokens = 0
+
+    def run(self, ready: CorpusTokenizer | None) -> BuiltCorpus | None:
+        if self.leads:
+            if self.work.take_up(self.raw_plan, self.share.parts):
+                self.progress.note(f"going on with the build in {self.work.path}")
+        else:
+            self._wait(lambda: [] if self.work.has_plan(self.raw_plan["fingerprint"]) else ["the plan"], "the plan")
+        open_job.cache_clear()
+        try:
+            self._check_room()
+            if self.plan.evaluation:
+                self._find_common_grams()
+            self._make_tokenizer(ready)
+            sizes = [_piece_bytes(piece) for piece in self.plan.pieces()]
+            self._stage("read and tokenize", read_documents, "read", sizes, "bytes")
+            decisions = self._once(DECISIONS_FILE, lambda: decide(open_job(self.job)).to_dict())
+            if self.plan.options.dedup != "none":
+                self._find_duplicates()
+            count = sum(decisions["shards"].values())
+            self._stage("write shards", write_one_shard, "shard", [1] * count, "shards")
+            if not self.leads:
+                return None
+            said = self.work.load(_TOKENIZER_STATE)["said"]
+            manifest, statistics = finish_corpus(open_job(self.job))
+            return BuiltCorpus(manifest, statistics, said, self.fresh_text_bytes, self.fresh_tokens)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Let the other parts know; leave nothing behind where nothing is worth keeping."""
+        if self.share.parts > 1:
+            self.work.tell_failed(error)
+        elif isinstance(error, GptdistError | OSError) and not self.work.any_file("run-*"):
+            self.work.discard()
+
+    def _check_room(self) -> None:
+        needed = 2 * self.plan.text_bytes // _MOST_BYTES_PER_TOKEN
+        free = shutil.disk_usage(self.work.path).free
+        if free < needed and not self.work.any_file("run-*"):
+            raise StorageError(
+                f"No room for the corpus in {self.work.path.parent}: {self.plan.text_bytes:,} bytes of text need at "
+                f"least {needed:,} bytes, {free:,} are free. Free some, or name another --out."
+            )
+
+    def _make_tokenizer(self, ready: CorpusTokenizer | None) -> None:
+        """The corpus's tokenizer.json, and how it is to be run."""
+        if ready is None and self.work.load(_TOKENIZER_STATE) is None:
+            self._sample()
+
+        def make() -> dict[str, Any]:
+            tokenizer = ready or train_tokenizer(self.plan.options.tokenizer, iter(self._sampled()))
+            encoder, said = choose_encoder(tokenizer, self._some_texts() if self.fast else (), self.fast)
+            self.work.write(self.work.corpus / TOKENIZER_FILE, tokenizer.content)
+            return {"end_of_text": tokenizer.end_of_text, "fast": encoder.fast, "said": said}
+
+        state = self._once(_TOKENIZER_STATE, make)
+        self.progress.note(f"tokenizer  {state['said']}")
+
+    def _sample(self) -> None:
+        """Read what a tokenizer is to be trained on: the first training documents in the corpus's order.
+
+        Of a large corpus only some pieces are read, chosen by key, so that a sample costs the same for any size.
+        """
+        options, pieces = self.plan.options, self.plan.pieces()[: self.plan.held_out_from]
+        wanted = min(TOKENIZER_SAMPLE_BYTES, options.max_bytes or TOKENIZER_SAMPLE_BYTES)
+        by_key = sorted(
+            range(len(pieces)),
+            key=lambda index: keyed_hash(options.seed, "sample", pieces[index].files[0].key.encode()),
+        )
+        chosen, total = [], 0
+        for index in by_key:
+            if total >= 8 * wanted:
+                break
+            chosen.append(index)
+            total += _piece_bytes(pieces[index])
+        limit = min(2 * wanted * HASH_RANGE // max(total, 1), HASH_RANGE)
+        self._once("sampling.json", lambda: {"order_limit": limit, "wanted": wanted, "pieces": sorted(chosen)})
+        sizes = {index: _piece_bytes(pieces[index]) for index in sorted(chosen)}
+        self._stage("sample text for the tokenizer", sample_documents, "sample", sizes, "bytes")
+
+    def _sampled(self) -> list[str]:
+        """What `_sample` read: training documents; of a corpus so small that it found none, what there is."""
+        sampling = open_job(self.job).load("sampling.json")
+        found = [
+            tuple(document)
+            for index in sampling["pieces"]
+            for document in open_job(self.job).load(f"sample-{index:06d}.json")["documents"]
+        ]
+        texts, total = [], 0
+        for _, _, text in sorted([document for document in found if not document[1]] or found):
+            total += len(text.encode())
+            if total > sampling["wanted"] and texts:
+                break
+            texts.append(text)
+        return texts
+
+    def _some_texts(self) -> list[str]:
+        """The beginning of the corpus's text, to compare tokenizers on."""
+        texts, total = [], 0
+        for _, document in read_piece(self.plan.pieces()[0], self.plan.options.reading()):
+            if isinstance(document, Document):
+                texts.append(document.text[: CHECK_SAMPLE_BYTES - total])
+                total += len(texts[-1])
+            if total >= CHECK_SAMPLE_BYTES:
+                break
+        return texts
+
+    def _find_common_grams(self) -> None:
+        """Which word sequences of the evaluation files stand in so many documents that they mean nothing."""
+        self._once("evaluation.json", lambda: collect_grams(open_job(self.job)))
+        sizes = [_piece_bytes(piece) for piece in self.plan.pieces()[: self.plan.held_out_from]]
+        self._stage("look for evaluation text", count_grams, "grams", sizes, "bytes")
+        self._once(COMMON_FILE, lambda: find_common(open_job(self.job)))
+
+    def _find_duplicates(self) -> None:
+        counts = self._once("partitions.json", lambda: partitions(open_job(self.job)))
+        self._stage("find exact duplicates", find_exact_duplicates, "exact", [1] * counts["exact"], "parts")
+        if self.plan.options.dedup == "near":
+            self._stage("find near duplicates", find_near_duplicates, "near", [1] * counts["near"], "parts")
+
+    def _stage(self, name: str, task: Task, prefix: str, sizes: Sequence[int] | Mapping[int, int], unit: str) -> None:
+        """Have `task` done for every number in `sizes`, as far as its result is not there: this part's share of it."""
+        by_index = dict(sizes) if isinstance(sizes, Mapping) else dict(enumerate(sizes))
+        mine = [index for place, index in enumerate(by_index) if place % self.share.parts == self.share.part]
+        self.progress.stage(name, sum(by_index[index] for index in mine), unit, self.team.workers)
+        todo = []
+        for index in mine:
+            found = self.work.load(_result_name(prefix, index))
+            if found is None:
+                todo.append(index)
+            else:
+                self._advance(by_index[index], found, resumed=True)
+        for number, result in self.team.run(task, [(self.job, index) for index in todo]):
+            self._advance(by_index[todo[number]], result)
+        self._wait(
+            lambda: [
+                _result_name(prefix, index) for index in by_index if not self.work.has(_result_name(prefix, index))
+            ],
+            name,
         )
 
+    def _advance(self, size: int, result: dict[str, Any], resumed: bool = False) -> None:
+        statistics = result.get("statistics", {})
+        if not resumed and "tokens" in result:
+            self.fresh_text_bytes += statistics["bytes_read"]
+            self.fresh_tokens += result["tokens"]
+        self.progress.advance(
+            size,
+            documents=statistics.get("documents_read", 0),
+            text_bytes=statistics.get("bytes_read", 0),
+            tokens=result.get("tokens", 0),
+            dropped={reason: counts[0] for reason, counts in statistics.get("dropped", {}).items()},
+            resumed=resumed,
+        )
 
-def _storage_error(error: OSError, out_dir: Path) -> StorageError:
-    try:
-        free = f" ({shutil.disk_usage(out_dir.absolute().parent).free:,} bytes are free)"
-    except OSError:
-        free = ""
-    remedy = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Check the path"
-    return StorageError(
-        f"The corpus could not be written to {out_dir}: {error.strerror}{free}. {remedy}, or name another --out. "
-        "Nothing was left behind."
-    )
+    def _once(self, name: str, make: Callable[[], dict[str, Any]]) -> Any:
+        """A result that the first part makes, unless it is there, and the others wait for."""
+        if self.leads and not self.work.has(name):
+            self.work.save(name, make())
+        self._wait(lambda: [] if self.work.has(name) else [name], name)
+        return self.work.load(name)
 
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sample(documents: Sequence[Document], options: SourceOptions, report: Progress) -> Iterator[str]:
-    """Texts to train a tokenizer on: training documents only, in their keyed order, so they are a fair sample."""
-    chosen = limited(documents, TOKENIZER_SAMPLE_BYTES)
-    total = sum(document.text_bytes for document in chosen)
-    done = 0
-    for document in chosen:
-        yield read_document(document, options)
-        done += document.text_bytes
-        report("train tokenizer", done, total)
+    def _wait(self, missing: Callable[[], list[str]], what: str) -> None:
+        if self.share.parts > 1:
+            self.work.wait_for(missing, what, self.share.patience_seconds)
 
 
-def _write_split(
-    writer: SplitWriter,
-    name: str,
-    documents: Sequence[Document],
-    tokenizer: CorpusTokenizer,
-    options: SourceOptions,
-    report: Progress,
-) -> SplitInfo:
-    total = sum(document.text_bytes for document in documents)
-    done = 0
-    for batch in _batches(documents):
-        texts = [read_document(document, options) for document in batch]
-        for document, ids in zip(batch, tokenizer.encode_documents(texts), strict=True):
-            writer.add(document.key, ids, document.text_bytes)
-            done += document.text_bytes
-        report(f"tokenize {name}", done, total)
-    return writer.close()
+def _result_name(prefix: str, index: int) -> str:
+    return f"{prefix}-{index:06d}.json"
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Runs of documents that a tokenizer takes at once, bounded in bytes so that memory is too."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        if batch and (size + document.text_bytes > _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS):
-            yield batch
-            batch, size = [], 0
-        batch.append(document)
-        size += document.text_bytes
-    if batch:
-        yield batch
-
-
-def _write_manifest(
-    folder: Path, tokenizer: CorpusTokenizer, dtype: str, splits: dict[str, SplitInfo], build: dict[str, object]
-) -> Manifest:
-    write_durably(folder / TOKENIZER_FILE, tokenizer.content)
-    manifest = Manifest(
-        tokenizer=TokenizerInfo(
-            tokenizer.kind, TOKENIZER_FILE, tokenizer.sha256, tokenizer.vocab_size, tokenizer.end_of_text
-        ),
-        dtype=dtype,
-        splits=splits,
-        build=build,
-    )
-    write_durably(folder / MANIFEST_FILE, manifest.render())
-    return manifest
+def _piece_bytes(piece: Piece) -> int:
+    return piece.stop - piece.start if piece.stop else sum(file.bytes for file in piece.files)

@@ -1,4 +1,4 @@
-"""Writes the shards of a split: documents in, WebDataset tars of chunks out, byte for byte the same every time.
+"""Writes one shard: documents in, a WebDataset tar of chunks out, byte for byte the same every time.
 
 The only importer of webdataset. Knows how a chunk lies in a tar; does not know where documents come from or in which
 order.
@@ -6,8 +6,8 @@ order.
 
 import hashlib
 import json
-import mmap
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,184 +15,168 @@ from pathlib import Path
 import numpy as np
 from webdataset.writer import TarWriter
 
-from gptdist.data.chunk_index import ChunkRecord, render_index
-from gptdist.data.digest import chunk_digest, file_sha256
-from gptdist.data.manifest import IndexInfo, ShardInfo, SplitInfo
+from data_tools.work import temporary_path
+from gptdist.data.manifest import ShardInfo
 
 _TAR_BLOCK = 512
 _NPY_HEADER_BYTES = 128
+_BUFFER_BYTES = 1 << 20
+
+# The columns of `WrittenShard.chunks`.
+CHUNK_COLUMNS = ("tokens", "documents", "sample_offset", "tokens_offset", "digest")
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A chunk in the open shard; its digest is taken when the shard is complete."""
+class WrittenShard:
+    """A shard on disk. `chunks`: uint64 [chunks, 5], a row of `CHUNK_COLUMNS` each."""
 
-    tokens: int
-    documents: int
-    sample_offset: int
-    tokens_offset: int
+    info: ShardInfo
+    chunks: np.ndarray
 
 
-class SplitWriter:
-    """Collects documents into chunks of about `chunk_tokens`, and chunks into shards of at most about `shard_bytes`.
+def write_shard(
+    path: Path, key_prefix: str, documents: Iterable[tuple[str, np.ndarray]], chunk_tokens: int, dtype: np.dtype
+) -> WrittenShard:
+    """Put `documents` (key, tokens with the end-of-text id) into the tar `path`, whole or not at all.
 
-    A document is never cut: one that is larger than a chunk is a chunk of its own. `close` gives the split's manifest
-    entry; leaving the `with` block without it drops what is open.
+    Documents are collected into chunks of at most `chunk_tokens`; none is cut, so one that is larger is a chunk of its
+    own. There must be at least one.
     """
-
-    def __init__(
-        self, folder: Path, split: str, dtype: str, end_of_text: int, chunk_tokens: int, shard_bytes: int
-    ) -> None:
-        self._folder = folder
-        self._split = split
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._end_of_text = end_of_text
-        self._chunk_tokens = chunk_tokens
-        self._shard_bytes = shard_bytes
-        self._documents: list[np.ndarray] = []
-        self._keys: list[str] = []
-        self._pending_tokens = 0
-        self._text_bytes = 0
-        self._shard: _OpenShard | None = None
-        self._shards: list[ShardInfo] = []
-        self._records: list[ChunkRecord] = []
-
-    def __enter__(self) -> "SplitWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._shard:
-            self._shard.drop()
-
-    def add(self, key: str, ids: np.ndarray, text_bytes: int) -> None:
-        """Append a document; its end-of-text id is added here."""
-        tokens = np.append(ids.astype(self._dtype), self._dtype.type(self._end_of_text))
-        if self._documents and self._pending_tokens + len(tokens) > self._chunk_tokens:
-            self._write_chunk()
-        self._documents.append(tokens)
-        self._keys.append(key)
-        self._pending_tokens += len(tokens)
-        self._text_bytes += text_bytes
-
-    def close(self) -> SplitInfo:
-        """Write what is pending and the index."""
-        if self._documents:
-            self._write_chunk()
-        self._close_shard()
-        path = self._folder / f"{self._split}.index"
-        content = render_index(self._records)
-        write_durably(path, content)
-        return SplitInfo(
-            tokens=sum(record.tokens for record in self._records),
-            documents=sum(record.documents for record in self._records),
-            text_bytes=self._text_bytes,
-            index=IndexInfo(path.name, len(content), hashlib.sha256(content).hexdigest()),
-            shards=tuple(self._shards),
-        )
-
-    def _write_chunk(self) -> None:
-        number = len(self._records) + (len(self._shard.written) if self._shard else 0)
-        ends = np.cumsum([len(tokens) for tokens in self._documents], dtype="<i8")
-        members = {
-            "docs.npy": npy_bytes(ends),
-            "json": json.dumps({"documents": self._keys}).encode(),
-            "tokens.npy": npy_bytes(np.concatenate(self._documents)),
-        }
-        size = sum(_member_bytes(content) for content in members.values())
-        if self._shard and self._shard.bytes + size > self._shard_bytes:
-            self._close_shard()
-        if self._shard is None:
-            self._shard = _OpenShard(self._folder / f"{self._split}-{len(self._shards):05d}.tar")
-        self._shard.write(chunk_key(self._split, number), members, self._pending_tokens, len(self._documents))
-        self._documents, self._keys, self._pending_tokens = [], [], 0
-
-    def _close_shard(self) -> None:
-        if self._shard:
-            info, records = self._shard.close(len(self._shards))
-            self._shards.append(info)
-            self._records.extend(records)
-            self._shard = None
+    temporary = temporary_path(path)
+    shard = _OpenShard(temporary, key_prefix, dtype)
+    try:
+        keys: list[str] = []
+        pending: list[np.ndarray] = []
+        pending_tokens = 0
+        for key, tokens in documents:
+            if pending and pending_tokens + len(tokens) > chunk_tokens:
+                shard.write_chunk(keys, pending)
+                keys, pending, pending_tokens = [], [], 0
+            keys.append(key)
+            pending.append(tokens)
+            pending_tokens += len(tokens)
+        shard.write_chunk(keys, pending)
+        written = shard.close(path.name)
+        os.rename(temporary, path)
+        return written
+    except BaseException:
+        shard.drop()
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class _OpenShard:
     """A tar that is being written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = 0
-        self.written: list[_Written] = []
-        self._file = _TarFile(path)
+    def __init__(self, path: Path, key_prefix: str, dtype: np.dtype) -> None:
+        self._key_prefix = key_prefix
+        self._dtype = dtype
+        self._bytes = 0
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._digests: list[int] = []
+        self._file = _HashedFile(path)
         self._tar = TarWriter(self._file, encoder=False, mtime=0, user="gptdist", group="gptdist", mode=0o444)
 
-    def write(self, key: str, members: dict[str, bytes], tokens: int, documents: int) -> None:
-        sample_offset = tokens_offset = self.bytes
+    def write_chunk(self, keys: list[str], documents: list[np.ndarray]) -> None:
+        ends = np.cumsum([len(tokens) for tokens in documents], dtype="<i8")
+        members = {
+            "docs.npy": npy_bytes(ends),
+            "json": json.dumps({"documents": keys}).encode(),
+            "tokens.npy": npy_bytes(np.concatenate(documents).astype(self._dtype, copy=False)),
+        }
+        sample_offset = tokens_offset = self._bytes
         for name in sorted(members):  # the order in which TarWriter writes them
             if name == "tokens.npy":
-                tokens_offset = self.bytes + _TAR_BLOCK
-            self.bytes += _member_bytes(members[name])
-        self._tar.write({"__key__": key, **members})
-        self.written.append(_Written(tokens, documents, sample_offset, tokens_offset))
+                tokens_offset = self._bytes + _TAR_BLOCK
+            self._bytes += _member_bytes(members[name])
+        self._file.mark(sample_offset)
+        self._tar.write({"__key__": chunk_key(self._key_prefix, len(self._rows)), **members})
+        self._rows.append((int(ends[-1]), len(keys), sample_offset, tokens_offset))
 
     def drop(self) -> None:
         """Close the file as it is, after an error."""
         self._file.drop()
 
-    def close(self, shard_number: int) -> tuple[ShardInfo, list[ChunkRecord]]:
+    def close(self, name: str) -> WrittenShard:
         self._tar.close()
-        self._file.close_durably()
-        size = self.path.stat().st_size
-        ends = [*(chunk.sample_offset for chunk in self.written[1:]), size]
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            digests = [
-                chunk_digest(mapped[chunk.sample_offset : end]) for chunk, end in zip(self.written, ends, strict=True)
-            ]
-        info = ShardInfo(
-            file=self.path.name,
-            bytes=size,
-            sha256=file_sha256(self.path),
-            tokens=sum(chunk.tokens for chunk in self.written),
-            documents=sum(chunk.documents for chunk in self.written),
-            chunks=len(self.written),
-        )
-        records = [
-            ChunkRecord(chunk.tokens, chunk.documents, shard_number, chunk.sample_offset, chunk.tokens_offset, digest)
-            for chunk, digest in zip(self.written, digests, strict=True)
-        ]
-        return info, records
+        size, sha256, digests = self._file.close_durably()
+        chunks = np.empty((len(self._rows), len(CHUNK_COLUMNS)), dtype=np.uint64)
+        chunks[:, :4] = self._rows
+        chunks[:, 4] = digests
+        tokens, documents = (int(chunks[:, column].sum()) for column in (0, 1))
+        return WrittenShard(ShardInfo(name, size, sha256, tokens, documents, len(self._rows)), chunks)
 
 
-class _TarFile:
-    """The file under a tar. After a failed write it takes no more: a tar that is dropped writes its end, which would
-    fail again, aloud, in front of the error that matters.
+class _HashedFile:
+    """The file under a tar: hashes what is written, as a whole and from mark to mark.
+
+    After a failed write it takes no more: a tar that is dropped writes its end, which would fail again, aloud, in front
+    of the error that matters.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._failed = False
+        self._buffer = bytearray()
+        self._size = 0
+        self._sha256 = hashlib.sha256()
+        self._marks: list[int] = []
+        self._chunk = hashlib.blake2b(digest_size=8)
+        self._digests: list[int] = []
+
+    def mark(self, offset: int) -> None:
+        """A chunk begins at byte `offset`, which may not have been written yet."""
+        self._marks.append(offset)
 
     def write(self, data: bytes) -> int:
-        if self._failed:
-            return len(data)
+        if not self._failed:
+            self._buffer += data
+            if len(self._buffer) >= _BUFFER_BYTES:
+                self._flush()
+        return len(data)
+
+    def _flush(self) -> None:
+        """Everything in the buffer, cut at the marks within it."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        start = 0
+        while self._marks and self._marks[0] < self._size + len(data):
+            cut = self._marks.pop(0) - self._size
+            self._chunk.update(data[start:cut])
+            if self._size + cut:
+                self._end_chunk()
+            start = cut
+        self._chunk.update(memoryview(data)[start:])
+        self._sha256.update(data)
+        self._size += len(data)
         try:
-            return self._file.write(data)
+            self._file.write(data)
         except OSError:
             self._failed = True
             raise
+
+    def _end_chunk(self) -> None:
+        self._digests.append(int.from_bytes(self._chunk.digest(), "little"))
+        self._chunk = hashlib.blake2b(digest_size=8)
 
     def drop(self) -> None:
         self._failed = True
         with suppress(OSError):
             self._file.close()
 
-    def close_durably(self) -> None:
+    def close_durably(self) -> tuple[int, str, list[int]]:
+        """Wait until all is on the disk; returns size, sha256 and the chunks' digests (`chunk_digest` of each)."""
+        self._flush()
+        self._end_chunk()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        return self._size, self._sha256.hexdigest(), self._digests
 
 
-def chunk_key(split: str, number: int) -> str:
-    """The WebDataset key of chunk `number` of a split."""
-    return f"{split}-{number:010d}"
+def chunk_key(prefix: str, number: int) -> str:
+    """The WebDataset key of chunk `number` of the shard `prefix`.tar."""
+    return f"{prefix}-{number:05d}"
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -52,5 +52,9 @@ class RankFailed(GptdistError):
     """A rank of this run ended with an error of its own; the launcher shows the first one."""
 
 
+class WorkerFailed(GptdistError):
+    """A process that worked for a build died or met an error nobody foresaw."""
+
+
 class TrainingDiverged(GptdistError):
     """Too many steps in a row had a non-finite loss or gradient."""

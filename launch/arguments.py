@@ -86,29 +86,80 @@ def _add_train(parser: Parser, commands: Any) -> None:
 def _add_data(parser: Parser, commands: Any) -> None:
     data = _add(parser, commands, "data", "corpora: build, verify, show")
     subcommands = data.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
-    build = _add(data, subcommands, "build", "make a corpus of token shards from text")
-    build.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="text files, .jsonl files or folders")
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the corpus; must not exist yet")
-    build.add_argument("--tokenizer", required=True, metavar="SPEC", help="bytes, train:SIZE, or a HF tokenizer.json")
-    build.add_argument("--end-of-text", metavar="TOKEN", help="the tokenizer's token that ends a document")
-    build.add_argument("--validation", action="append", type=Path, metavar="SOURCE", help="held-out text; repeatable")
+    _add_data_build(_add(data, subcommands, "build", "make a corpus of token shards from text"))
+    for name, what in (
+        ("verify", "check every byte of a corpus"),
+        ("index", "make manifest and index of a corpus anew from its tars"),
+    ):
+        reading = _add(data, subcommands, name, what)
+        reading.add_argument("corpus", type=Path, metavar="CORPUS_DIR")
+        reading.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
+    show = _add(data, subcommands, "show", "totals, tokenizer and pieces of text")
+    show.add_argument("corpus", type=Path, metavar="CORPUS_DIR")
+    show.add_argument("--split", default="train", metavar="NAME", help="whose text to show (default: train)")
+    show.add_argument("--samples", type=_positive, default=1, metavar="N", help="documents to show (default: 1)")
+
+
+def _add_data_build(build: Parser) -> None:
     build.add_argument(
-        "--validation-fraction", type=float, metavar="F", help="documents held out otherwise (default: 0.05)"
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="files, folders, globs or URLs: text, .jsonl, .parquet, .arrow, .tar",
     )
-    build.add_argument("--seed", type=int, metavar="N", help="key of the order of documents (default: 1234)")
-    build.add_argument("--max-bytes", type=_bytes, metavar="SIZE", help="take a sample of at most this much text: 50MB")
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the corpus; must not exist yet")
     build.add_argument(
+        "--tokenizer", required=True, metavar="SPEC", help="bytes, train:SIZE, tiktoken:NAME, or a HF tokenizer.json"
+    )
+    build.add_argument("--end-of-text", metavar="TOKEN", help="the tokenizer's token that ends a document")
+    build.add_argument("--no-fast", action="store_true", help="use the reference tokenizer even where gigatoken agrees")
+    reading = build.add_argument_group("which text")
+    reading.add_argument(
+        "--text-field",
+        action="append",
+        metavar="[GLOB=]FIELD",
+        help="field of a record that holds the text, or a template '{title}\\n\\n{text}'; repeatable (default: text)",
+    )
+    reading.add_argument(
+        "--max-bytes", type=_bytes, metavar="SIZE", help="take a sample of at most this much text: 50MB"
+    )
+    reading.add_argument(
         "--suffixes", type=_words, metavar=".A,.B", help="files to take from folders (default: .txt,.py,...)"
     )
-    build.add_argument("--exclude", type=_words, metavar="A,B", help="names of folders to pass over")
-    build.add_argument(
-        "--text-field", metavar="NAME", help="field of a .jsonl line that holds the text (default: text)"
+    reading.add_argument("--exclude", type=_words, metavar="A,B", help="names of folders to pass over")
+    reading.add_argument("--on-bad-text", choices=("error", "skip"), help="a text that is not UTF-8 (default: error)")
+    stages = build.add_argument_group("what is done to it")
+    stages.add_argument("--normalize", choices=("none", "nfc", "nfkc"), help="Unicode normal form (default: none)")
+    stages.add_argument("--min-document-bytes", type=_bytes, metavar="SIZE", help="drop shorter documents")
+    stages.add_argument("--max-document-bytes", type=_bytes, metavar="SIZE", help="drop longer documents")
+    stages.add_argument("--dedup", choices=("none", "exact", "near"), help="drop duplicates; near: exact ones too")
+    stages.add_argument(
+        "--near-threshold", type=float, metavar="S", help="similarity of near duplicates (default: 0.8)"
     )
-    build.add_argument("--on-bad-text", choices=("error", "skip"), help="a document that is not UTF-8 (default: error)")
-    build.add_argument("--chunk-tokens", type=_positive, metavar="N", help="tokens in one sample of a shard")
-    build.add_argument("--shard-bytes", type=_bytes, metavar="SIZE", help="size of one shard")
-    for name, what in (("verify", "check every byte of a corpus"), ("show", "totals, tokenizer and a piece of text")):
-        _add(data, subcommands, name, what).add_argument("corpus", type=Path, metavar="CORPUS_DIR")
+    stages.add_argument(
+        "--decontaminate",
+        action="append",
+        metavar="SOURCE",
+        help="evaluation text to cut out of the corpus; repeatable",
+    )
+    stages.add_argument("--validation", action="append", metavar="SOURCE", help="held-out text; repeatable")
+    stages.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="documents held out otherwise (default: 0.05)"
+    )
+    stages.add_argument("--seed", type=int, metavar="N", help="key of the order of documents (default: 1234)")
+    stages.add_argument("--chunk-tokens", type=_positive, metavar="N", help="tokens in one sample of a shard")
+    stages.add_argument("--shard-bytes", type=_bytes, metavar="SIZE", help="size of one shard (default: 256MiB)")
+    work = build.add_argument_group("who does it")
+    work.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
+    work.add_argument(
+        "--piece-bytes", type=_bytes, metavar="SIZE", help="text a worker reads at a time (default: 32MiB)"
+    )
+    work.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="be part I (from 0) of N on a shared disk (default: the Slurm array's)",
+    )
 
 
 def _add_generate(parser: Parser, commands: Any) -> None:
@@ -164,6 +215,13 @@ def _temperature(text: str) -> float:
 def _bytes(text: str) -> int:
     rule = "must be a size such as 5000000, 50MB or 2GiB"
     return int(_typed(lambda word: int(word) if word.isdecimal() else parse_bytes(word), text, lambda n: n > 0, rule))
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a part and how many there are, such as 0/8 to 7/8")
+    return int(part), int(parts)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -22,9 +22,10 @@ from launch.verdict import EXIT_INTERRUPTED
 
 HANDLERS = {
     "train": "launch.cli:train",
-    "data build": "launch.data:build",
+    "data build": "launch.data_build:main",
     "data verify": "launch.data:verify",
     "data show": "launch.data:show",
+    "data index": "launch.data:index",
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
     "ckpt list": "launch.ckpt:main",

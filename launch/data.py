@@ -1,52 +1,20 @@
-"""`gptdist data build|verify|show`: the data tools' answers on a console.
+"""`gptdist data verify|show|index|order`: the data tools' answers on a console.
 
 Knows nothing of formats; `data_tools/` does the work.
 """
 
 import argparse
+import os
 import sys
-import time
-from typing import Any
 
 from gptdist.errors import EXIT_DONE, EXIT_FAILED
-
-REDRAW_SECONDS = 0.2
-
-
-def build(args: argparse.Namespace) -> int:
-    """Make a corpus; what the command line leaves out takes the data tools' own default."""
-    from data_tools.build import build_corpus
-    from data_tools.show import render_corpus
-
-    optional: dict[str, Any] = {
-        "validation_sources": args.validation,
-        "validation_fraction": args.validation_fraction,
-        "seed": args.seed,
-        "max_bytes": args.max_bytes,
-        "suffixes": args.suffixes,
-        "exclude": args.exclude,
-        "text_field": args.text_field,
-        "on_bad_text": args.on_bad_text,
-        "chunk_tokens": args.chunk_tokens,
-        "shard_bytes": args.shard_bytes,
-        "end_of_text": args.end_of_text,
-    }
-    given = {name: value for name, value in optional.items() if value is not None}
-    progress = ProgressLine() if sys.stderr.isatty() else None
-    try:
-        build_corpus(args.sources, args.out, args.tokenizer, progress=progress, **given)
-    finally:
-        if progress:
-            progress.clear()
-    print(render_corpus(args.out).rstrip())
-    return EXIT_DONE
 
 
 def verify(args: argparse.Namespace) -> int:
     """Print every problem found; exit 1 if there is one."""
     from data_tools.verify import verify_corpus
 
-    problems = verify_corpus(args.corpus)
+    problems = verify_corpus(args.corpus, args.workers or _cores())
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
@@ -58,24 +26,22 @@ def show(args: argparse.Namespace) -> int:
     """Print a summary."""
     from data_tools.show import render_corpus
 
-    print(render_corpus(args.corpus).rstrip())
+    print(render_corpus(args.corpus, args.split, args.samples).rstrip())
     return EXIT_DONE
 
 
-class ProgressLine:
-    """`tokenize train  41 %`, redrawn in place on a terminal."""
+def index(args: argparse.Namespace) -> int:
+    """Write manifest and indexes anew."""
+    from data_tools.index import rebuild_index
 
-    def __init__(self) -> None:
-        self._drawn_at = 0.0
+    manifest = rebuild_index(args.corpus, args.workers or _cores())
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    names = ", ".join(split.index.file for split in manifest.splits.values())
+    print(f"{args.corpus}: manifest.json, {names} made anew from {shards:,} tars")
+    if absent := manifest.build.get("absent_shards"):
+        print(f"note: not there: {absent}. Each was empty when it was built, or is lost: the tars cannot tell.")
+    return EXIT_DONE
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._drawn_at >= REDRAW_SECONDS:
-            self._drawn_at = now
-            sys.stderr.write(f"\r\x1b[K{stage}  {100 * done // max(1, total)} %")
-            sys.stderr.flush()
 
-    def clear(self) -> None:
-        """Leave the terminal as it was."""
-        sys.stderr.write("\r\x1b[K")
-        sys.stderr.flush()
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,14 +8,18 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptdist.errors import LaunchError
 from gptdist.world import World
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from torch.distributed import Store
 
     from gptdist.comms import Comms
@@ -186,8 +190,18 @@ def _device_index(world: World, device_count: int) -> int:
     )
 
 
-def _settle_over_mpi(world: World) -> World:
-    """mpirun names no address: rank 0 opens the port and broadcasts where."""
+@contextmanager
+def mpi_executor(world: World) -> Iterator["Executor | None"]:
+    """On rank 0 an executor whose workers are the other ranks; None on these, once they have done its work."""
+    ranks = _mpi_ranks(world)
+    from mpi4py.futures import MPICommExecutor
+
+    with MPICommExecutor(ranks, root=0) as executor:
+        yield executor
+
+
+def _mpi_ranks(world: World) -> Any:
+    """MPI's communicator of all ranks of `world`."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -204,6 +218,12 @@ def _settle_over_mpi(world: World) -> World:
             f"{ranks.Get_rank()} of {ranks.Get_size()}: it uses another MPI ({library}) than the one that started it. "
             "Use that library's own mpirun, or put the other library first on LD_LIBRARY_PATH."
         )
+    return ranks
+
+
+def _settle_over_mpi(world: World) -> World:
+    """mpirun names no address: rank 0 opens the port and broadcasts where."""
+    ranks = _mpi_ranks(world)
     message = bytearray(512)
     listener, problem = None, ""
     if world.is_first:

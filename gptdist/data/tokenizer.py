@@ -7,6 +7,7 @@ nothing of models: a model's vocabulary may be larger. Text never becomes the en
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,14 @@ class CorpusTokenizer:
             return CorpusTokenizer.of_bytes()
         if not isinstance(fields, dict) or "model" not in fields:
             raise CorpusError(f"{where} is not a HF tokenizer.json: it has no `model`.")
-        from tokenizers import Tokenizer  # not needed for `bytes`, and not by readers of tokens
-
-        try:
-            hf = Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises bare Exception
-            raise CorpusError(f"{where} is not a tokenizer that the `tokenizers` library reads: {error}") from None
-        hf.no_truncation()
-        hf.no_padding()
-        hf.encode_special_tokens = True  # text that spells a special token stays text
+        hf = _read_hf(content, where)
         ids = hf.get_vocab(with_added_tokens=True)
         ending = _find_end_of_text(ids, end_of_text, where)
+        if any(token["id"] == ending and not token.get("special") for token in fields.get("added_tokens") or []):
+            # Text that spells an added token becomes its id unless it is special, and this one no text may become.
+            for token in fields["added_tokens"]:
+                token["special"] = token.get("special") or token["id"] == ending
+            hf = _read_hf(json.dumps(fields).encode(), where)
         return CorpusTokenizer(content, "hf", max([*ids.values(), ending]) + 1, ending, hf)
 
     @staticmethod
@@ -98,16 +96,64 @@ class CorpusTokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, as arrays; on all cores where the tokenizer can."""
-        if self._hf is None:
-            return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
-        encodings = self._hf.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        ids, ends = self.encode_flat(texts)
+        return np.split(ids, ends[:-1]) if len(ends) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts in a row, where each text's ids end): uint8 for bytes or uint32, and int64 [texts].
+
+        On all cores where the tokenizer can. Raises CorpusError for a text that UTF-8 cannot hold.
+        """
+        try:
+            if self._hf is None:
+                rows = [text.encode() for text in texts]
+                ids = np.frombuffer(b"".join(rows), dtype=np.uint8)
+            else:
+                rows = [row.ids for row in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+                ids = np.fromiter(chain.from_iterable(rows), dtype=np.uint32, count=sum(map(len, rows)))
+        except (UnicodeEncodeError, TypeError):
+            refuse_surrogates(texts)
+            raise
+        return ids, np.cumsum(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become the replacement character."""
         if self._hf is None:
             return bytes(index for index in ids if index < 256).decode("utf-8", errors="replace")
         return str(self._hf.decode(list(ids), skip_special_tokens=True))
+
+    def token(self, index: int) -> str:
+        """How the vocabulary spells the token `index`; "" where it has none."""
+        return "" if self._hf is None else str(self._hf.id_to_token(index) or "")
+
+
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Raises CorpusError for the first text with half a surrogate pair, which is no character and has no UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.start + 20]
+            raise CorpusError(
+                f"A document holds half a surrogate pair, which is not text, at character {error.start}: {around!r}. "
+                "Mend or leave out the document."
+            ) from None
+
+
+def _read_hf(content: bytes, where: str) -> Any:
+    """A `tokenizers.Tokenizer` that gives the same ids for a text whatever surrounds it, and always all of them."""
+    from tokenizers import Tokenizer  # not needed for `bytes`, and not by readers of tokens
+
+    try:
+        hf = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception
+        raise CorpusError(f"{where} is not a tokenizer that the `tokenizers` library reads: {error}") from None
+    hf.no_truncation()
+    hf.no_padding()
+    hf.encode_special_tokens = True  # text that spells a special token stays text
+    if getattr(hf.model, "dropout", None) is not None:
+        hf.model.dropout = None  # merges left out at random: not of a corpus that is the same each time
+    return hf
 
 
 def _configured_end_of_text(folder: Path) -> str | None:

@@ -2,14 +2,13 @@
 
 import errno
 import gc
+import hashlib
 import json
 import math
 import os
 import random
+import re
 import resource
-import signal
-import subprocess
-import sys
 import sysconfig
 import warnings
 from collections import Counter
@@ -23,15 +22,16 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.arrange import limited, shuffled, split_documents
-from data_tools.build import build_corpus
+from data_tools.arrange import HASH_RANGE, order_hashes, shard_range, split_bound, split_hashes
+from data_tools.build import BuiltCorpus, build_corpus
+from data_tools.progress import NoProgress
 from data_tools.show import render_corpus, sample_text, unigram_entropy
-from data_tools.sources import Document, text_digest
 from data_tools.verify import verify_corpus
 from gptdist.data.manifest import Manifest
 from gptdist.data.reader import TokenReader
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError, StorageError
+from tests.unit.corpora import write_corpus
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -46,6 +46,11 @@ def stdlib_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in sorted((stdlib / place).glob("*.py")):
             (folder / place / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def built(corpus: BuiltCorpus | None) -> Manifest:
+    assert corpus is not None
+    return corpus.manifest
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -83,7 +88,9 @@ def documents_of(corpus_dir: Path, split: str) -> dict[str, str]:
 def test_every_document_arrives_whole_through_stock_webdataset(
     stdlib_sources: Path, tmp_path: Path, tokenizer: str
 ) -> None:
-    manifest = build_corpus([stdlib_sources], tmp_path / "c", tokenizer, chunk_tokens=20_000, shard_bytes=200_000)
+    manifest = built(
+        build_corpus([stdlib_sources], tmp_path / "c", tokenizer, chunk_tokens=20_000, shard_bytes=200_000)
+    )
     found = documents_of(tmp_path / "c", "train") | documents_of(tmp_path / "c", "validation")
     expected = {path.relative_to(stdlib_sources).as_posix(): path.read_text() for path in stdlib_sources.rglob("*.py")}
     assert found == {key: text for key, text in expected.items() if text.strip()}
@@ -96,12 +103,12 @@ def test_every_document_arrives_whole_through_stock_webdataset(
 
 
 def test_webdataset_yields_the_tokens_of_the_reader(stdlib_sources: Path, tmp_path: Path) -> None:
-    manifest = build_corpus([stdlib_sources], tmp_path / "c", "bytes", chunk_tokens=30_000, shard_bytes=300_000)
+    manifest = built(build_corpus([stdlib_sources], tmp_path / "c", "bytes", chunk_tokens=30_000, shard_bytes=300_000))
     reader = TokenReader(tmp_path / "c", "train")
     samples = stock_samples(tmp_path / "c", "train")
     assert len(samples) == len(reader.index) == manifest.split("train").chunks
-    for chunk, (sample, tokens) in enumerate(zip(samples, reader.chunks(), strict=True)):
-        assert sample["__key__"] == f"train-{chunk:010d}"
+    for sample, tokens in zip(samples, reader.chunks(), strict=True):
+        assert re.fullmatch(r"train-\d{5}-\d{5}", sample["__key__"])
         assert sample["tokens.npy"].dtype == tokens.dtype == np.uint16
         assert np.array_equal(sample["tokens.npy"], tokens)
     for number, shard in enumerate(manifest.split("train").shards):
@@ -128,7 +135,7 @@ def test_real_text_and_its_unigram_entropy(tmp_path: Path) -> None:
         pytest.skip(f"no real text at {SHARED_DATA}")
     sources = [SHARED_DATA / "wikitext2-valid.txt"]
     held_out = [SHARED_DATA / "wikitext2-test.txt"]
-    manifest = build_corpus(sources, tmp_path / "c", "bytes", validation_sources=held_out)
+    manifest = built(build_corpus(sources, tmp_path / "c", "bytes", validation_sources=held_out))
     for split, source in (("train", sources[0]), ("validation", held_out[0])):
         counts = Counter(source.read_bytes())
         counts[256] += 1
@@ -146,13 +153,15 @@ def test_json_lines_and_names_that_meet(tmp_path: Path) -> None:
         text = "\n".join(json.dumps(line) for line in lines) + "\n\n" + json.dumps({"body": "  \n"}) + "\n"
         (tmp_path / place / "x.jsonl").write_text(text)
     sources = [tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl"]
-    manifest = build_corpus(sources, tmp_path / "c", "bytes", text_field="body", validation_fraction=0)
-    assert documents_of(tmp_path / "c", "train") == {
-        f"{name}#{number + 1}": f"{place} line {number} é \n\n end"
-        for place, name in (("a", "x.jsonl"), ("b", "x.jsonl~2"))
-        for number in range(3)
-    }
-    assert manifest.build["empty_documents"] == 2
+    manifest = built(build_corpus(sources, tmp_path / "c", "bytes", text_fields=("body",), validation_fraction=0))
+    documents = documents_of(tmp_path / "c", "train")
+    expected = [f"{place} line {number} é \n\n end" for place in ("a", "b") for number in range(3)]
+    assert sorted(documents.values()) == sorted(expected)
+    for place, name in (("a", "x.jsonl"), ("b", "x.jsonl~2")):
+        content = (tmp_path / place / "x.jsonl").read_bytes()
+        for number, line in enumerate(content.splitlines()[:3]):
+            assert documents[f"{name}@{content.index(line)}"] == f"{place} line {number} é \n\n end"
+    assert manifest.build["dropped"] == {"empty": 2}
     assert manifest.split("validation").tokens == 0
     assert verify_corpus(tmp_path / "c") == []
 
@@ -168,64 +177,75 @@ def test_folders_are_searched_for_text_only(tmp_path: Path) -> None:
     assert set(documents_of(tmp_path / "d", "train")) == {"b.PY", "g.log", "site-packages/e.py"}
 
 
-def some_documents(texts: list[str]) -> list[Document]:
-    return [
-        Document(f"d{number}", Path("x"), 0, 0, 0, len(text.encode()), text_digest(text))
-        for number, text in enumerate(texts)
-    ]
+def digests_of(texts: list[str]) -> np.ndarray:
+    content = b"".join(hashlib.sha256(text.encode()).digest()[:16] for text in texts)
+    return np.frombuffer(content, dtype="<u8").reshape(-1, 2)
 
 
-@given(st.lists(st.text(max_size=3), max_size=30), st.integers(0, 9), st.floats(0, 0.99))
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=30), st.integers(0, 9), st.floats(0, 0.99))
 def test_the_split_keeps_equal_texts_together(texts: list[str], seed: int, fraction: float) -> None:
-    documents = some_documents(texts)
-    train, validation = split_documents(documents, seed, fraction)
-    assert sorted(document.key for document in train + validation) == sorted(document.key for document in documents)
-    assert not {document.digest for document in train} & {document.digest for document in validation}
-    assert (fraction > 0 and len(set(texts)) >= 2) <= bool(train and validation)
-    assert (fraction == 0) <= (not validation)
+    hashes = split_hashes(seed, digests_of(texts)).tolist()
+    bound = split_bound(fraction, min(hashes), max(hashes))
+    sides = {text: set() for text in texts}
+    for text, value in zip(texts, hashes, strict=True):
+        sides[text].add(value < bound)
+    assert all(len(side) == 1 for side in sides.values())
+    both = {side for found in sides.values() for side in found}
+    assert (fraction > 0 and len(set(texts)) >= 2) <= (len(both) == 2)
+    assert (fraction == 0) <= (both == {False})
 
 
-def test_the_split_takes_about_its_fraction() -> None:
-    documents = some_documents([f"text {number}" for number in range(5000)])
-    _, validation = split_documents(documents, 1, 0.1)
-    assert 400 < len(validation) < 600
-    order = [int(document.key[1:]) for document in shuffled(documents, 1)]
+def test_the_split_takes_about_its_fraction_and_the_order_is_mixed() -> None:
+    hashes = split_hashes(1, digests_of([f"text {number}" for number in range(5000)]))
+    assert 400 < (hashes < np.uint64(split_bound(0.1, 0, HASH_RANGE - 1))).sum() < 600
+    keys = [f"d{number}".encode() for number in range(5000)]
+    order = np.argsort(order_hashes(1, keys))
     assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.06
-    assert order != [int(document.key[1:]) for document in shuffled(documents, 2)]
+    assert order.tolist() != np.argsort(order_hashes(2, keys)).tolist()
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 300))
-def test_max_bytes_takes_the_longest_prefix(sizes: list[int], max_bytes: int) -> None:
-    documents = some_documents(["x" * size for size in sizes])
-    taken = limited(documents, max_bytes)
-    assert taken == documents[: len(taken)]
-    assert len(taken) == 1 or sum(sizes[: len(taken)]) <= max_bytes
-    assert len(taken) == len(sizes) or sum(sizes[: len(taken) + 1]) > max_bytes
+@given(st.integers(1, 10**6))
+def test_shards_take_every_hash_once(count: int) -> None:
+    numbers = sorted({0, count // 3, count // 2, max(0, count - 2), count - 1})
+    for number in numbers:
+        low, high = shard_range(number, count)
+        assert low < high
+        assert number == 0 or shard_range(number - 1, count)[1] == low
+    assert shard_range(0, count)[0] == 0
+    assert shard_range(count - 1, count)[1] == HASH_RANGE
+
+
+@pytest.mark.parametrize("max_bytes", [1, 40, 500, 2000, 10**6])
+def test_max_bytes_takes_the_longest_prefix_of_the_order(tmp_path: Path, max_bytes: int) -> None:
+    texts = {f"{number:03d}.txt": "x" * (7 * number % 41 + 1) for number in range(60)}
+    for name, text in texts.items():
+        file_of(tmp_path, name, text.encode())
+    manifest = built(
+        build_corpus([tmp_path], tmp_path / "out" / "c", "bytes", max_bytes=max_bytes, validation_fraction=0)
+    )
+    hashes = order_hashes(1234, [name.encode() for name in texts])
+    in_order = [name for _, name in sorted(zip(hashes.tolist(), texts, strict=True))]
+    sizes = np.cumsum([len(texts[name]) for name in in_order])
+    count = max(1, int((sizes <= max_bytes).sum()))
+    assert list(documents_of(tmp_path / "out" / "c", "train")) == in_order[:count]
+    assert manifest.build["dropped"] == ({"over the size limit": 60 - count} if count < 60 else {})
 
 
 @given(
     st.lists(st.lists(st.integers(0, 70_000), max_size=40), min_size=1, max_size=30),
     st.integers(1, 60),
-    st.integers(1, 20_000),
+    st.integers(1, 12),
     st.sampled_from(["uint16", "uint32"]),
 )
 @settings(max_examples=30, deadline=None)
 def test_any_documents_come_back(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], chunk: int, shard: int, dtype: str
 ) -> None:
-    from data_tools.build import _write_manifest
-    from data_tools.shards import SplitWriter
-
     folder = tmp_path_factory.mktemp("split")
     limit = np.iinfo(dtype).max
-    writer = SplitWriter(folder, "train", dtype, 256, chunk, shard)
-    expected: list[int] = []
-    for number, ids in enumerate(documents):
-        kept = [index for index in ids if index <= limit]
-        writer.add(f"d{number}", np.array(kept, dtype=np.int64), 1)
-        expected += [*kept, 256]
-    splits = {"train": writer.close()}
-    _write_manifest(folder, CorpusTokenizer.of_bytes(), dtype, splits, {})
+    kept = [np.array([index for index in ids if index <= limit], dtype=np.int64) for ids in documents]
+    write_corpus(folder, {"train": kept}, dtype=dtype, chunk_tokens=chunk, shard_documents=shard)
+    expected = [index for ids in kept for index in [*ids.tolist(), 256]]
     reader = TokenReader(folder, "train")
     assert np.concatenate(list(reader.chunks())).tolist() == expected
     assert all(len(tokens) <= max(chunk, 41) for tokens in reader.chunks())
@@ -234,7 +254,7 @@ def test_any_documents_come_back(
 
 
 def test_show_says_what_is_there(stdlib_sources: Path, tmp_path: Path) -> None:
-    manifest = build_corpus([stdlib_sources], tmp_path / "c", "train:300")
+    manifest = built(build_corpus([stdlib_sources], tmp_path / "c", "train:300"))
     text = render_corpus(tmp_path / "c")
     assert "hf, 300 ids" in text
     assert f"{manifest.split('train').tokens:,} tokens" in text
@@ -249,7 +269,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
     "missing validation": (lambda d: {"validation_sources": [d / "no"]}, r"Source .*no does not exist"),
     "no sources": (lambda d: {"sources": []}, "No document in no source"),
     "empty folder": (lambda d: {"sources": [folder_of(d)]}, r"No document in .*\.txt, \.jsonl, \.md"),
-    "only blanks": (lambda d: {"sources": [file_of(d, "x.txt", b" \n")]}, r"No document in .*1 had no text"),
+    "only blanks": (lambda d: {"sources": [file_of(d, "x.txt", b" \n")]}, "No document is left to build a corpus from"),
     "broken encoding": (
         lambda d: {"sources": [file_of(d, "x.txt", b"good \xff bad")]},
         r"x\.txt is not UTF-8 at byte offset 5 \(byte 0xff\)",
@@ -260,26 +280,26 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
     ),
     "bad JSON": (
         lambda d: {"sources": [file_of(d, "x.jsonl", b'{"text": "a"}\n{"text": \n')]},
-        r"x\.jsonl:2 is not JSON",
+        r"x\.jsonl at byte offset 14 is not JSON.*--on-bad-text skip",
     ),
-    "deep JSON": (lambda d: {"sources": [file_of(d, "x.jsonl", b"[" * 200_000)]}, r"x\.jsonl:1 is not JSON"),
+    "deep JSON": (lambda d: {"sources": [file_of(d, "x.jsonl", b"[" * 200_000)]}, r"x\.jsonl at byte offset 0 is not JSON"),
     "JSON list": (
         lambda d: {"sources": [file_of(d, "x.jsonl", b"[1]\n")]},
-        r"x\.jsonl:1 is a JSON list, not an object",
+        r"x\.jsonl at byte offset 0 is a JSON list, not an object",
     ),
     "missing field": (
         lambda d: {"sources": [file_of(d, "x.jsonl", b'{"body": "a", "id": 3}\n')]},
-        r"x\.jsonl:1 has no text in field 'text'; its fields are 'body', 'id'\. .*--text-field",
+        r"x\.jsonl at byte offset 0 has no text in field 'text'; its fields are 'body', 'id'\. .*--text-field",
     ),
     "field of a number": (
         lambda d: {"sources": [file_of(d, "x.jsonl", b'{"text": 3}\n')]},
-        r"x\.jsonl:1 has no text in field 'text'; it is int",
+        r"x\.jsonl at byte offset 0 has no text in field 'text'; it is int",
     ),
     "half a surrogate": (
         lambda d: {"sources": [file_of(d, "x.jsonl", b'{"text": "\\ud800"}\n')]},
-        r"x\.jsonl:1 spells half of a surrogate pair",
+        r"x\.jsonl at byte offset 0 spells half of a surrogate pair",
     ),
-    "compressed": (lambda d: {"sources": [file_of(d, "x.jsonl.gz", b"..")]}, r"x\.jsonl\.gz is not text"),
+    "compressed": (lambda d: {"sources": [file_of(d, "x.jsonl.gz", b"..")]}, r"x\.jsonl\.gz cannot be read: not a gzipped file"),
     "tokenizer nowhere": (
         lambda d: {"tokenizer": str(d / "t.json")},
         r"Tokenizer .*t\.json' does not exist.*train:SIZE",
@@ -296,15 +316,18 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
         lambda d: {"tokenizer": str(file_of(d, "t.json", b'{"model": {"type": "none"}}'))},
         r"t\.json is not a tokenizer that",
     ),
-    "folder without tokenizer": (lambda d: {"tokenizer": str(folder_of(d))}, r"tokenizer\.json cannot be read"),
+    "folder without tokenizer": (lambda d: {"tokenizer": str(folder_of(d))}, r"should have a tokenizer\.json and has none"),
     "size too small": (lambda d: {"tokenizer": "train:100"}, r"'train:100'.*at least 257"),
     "size no number": (lambda d: {"tokenizer": "train:many"}, r"'train:many'.*must be a number"),
     "fraction": (lambda d: {"validation_fraction": 1.0}, r"fraction is 1\.0.*below 1"),
     "chunk": (lambda d: {"chunk_tokens": 0}, "chunk_tokens is 0"),
     "max bytes": (lambda d: {"max_bytes": 0}, "max_bytes is 0"),
-    "bad text choice": (lambda d: {"on_bad_text": "ignore"}, "'ignore'; it must be 'error' or 'skip'"),
-    "folder in use": (lambda d: {"out_dir": folder_of(d, "there")}, r"exists and is not an empty folder.*--out"),
-    "file in the way": (lambda d: {"out_dir": file_of(d, "there", b"")}, r"exists and is not an empty folder.*--out"),
+    "bad text choice": (lambda d: {"on_bad_text": "ignore"}, "'ignore'; it must be one of error, skip"),
+    "folder in use": (lambda d: {"out_dir": folder_of(d, "there")}, r"exists and is not the corpus of these.*--out"),
+    "file in the way": (
+        lambda d: {"out_dir": file_of(d, "there", b"")},
+        r"exists and is not the corpus of these.*--out",
+    ),
 }
 
 
@@ -341,29 +364,50 @@ def test_broken_text_is_left_out_and_counted_where_asked(tmp_path: Path) -> None
     file_of(sources, "a.txt", b"good")
     file_of(sources, "b.txt", b"\xff")
     file_of(sources, "c.jsonl", b'{"text": "fine"}\nnot json\n{"text": "\xff"}\n')
-    manifest = build_corpus([sources], tmp_path / "c", "bytes", on_bad_text="skip", validation_fraction=0)
-    assert set(documents_of(tmp_path / "c", "train")) == {"a.txt", "c.jsonl#1"}
-    assert manifest.build["skipped_documents"] == 3
-    assert "3 skipped documents" in render_corpus(tmp_path / "c")
+    manifest = built(build_corpus([sources], tmp_path / "c", "bytes", on_bad_text="skip", validation_fraction=0))
+    assert set(documents_of(tmp_path / "c", "train")) == {"a.txt", "c.jsonl@0"}
+    assert manifest.build["dropped"] == {"not readable": 3}
+    assert "3 not readable" in render_corpus(tmp_path / "c")
+
+
+class Recorder(NoProgress):
+    """Keeps what a build said, and does something at a stage."""
+
+    def __init__(self, at: str = "", do: Callable[[], None] = lambda: None) -> None:
+        self.stages: list[str] = []
+        self.done: dict[str, tuple[int, int]] = {}
+        self._at, self._do = at, do
+
+    def stage(self, name: str, total: int, unit: str, workers: int = 1) -> None:
+        self.stages.append(name)
+        self.done[name] = (0, total)
+        if name == self._at:
+            self._do()
+
+    def advance(self, done: int, *counts: Any, **more: Any) -> None:
+        before, total = self.done[self.stages[-1]]
+        self.done[self.stages[-1]] = (before + done, total)
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     source = file_of(tmp_path, "a.txt", b"before")
-
-    def change(stage: str, done: int, total: int) -> None:
-        source.write_bytes(b"after!")
-
+    progress = Recorder("read and tokenize", lambda: file_of(tmp_path, "a.txt", b"longer than before") and None)
     with pytest.raises(CorpusError, match=r"a\.txt changed while"):
-        build_corpus([source], tmp_path / "c", "bytes", progress=change)
+        build_corpus([source], tmp_path / "c", "bytes", progress=progress)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_progress_reaches_its_end(stdlib_sources: Path, tmp_path: Path) -> None:
-    calls: list[tuple[str, int, int]] = []
-    build_corpus([stdlib_sources], tmp_path / "c", "train:300", progress=lambda *call: calls.append(call))
-    last = {stage: (done, total) for stage, done, total in calls}
-    assert list(last) == ["read", "train tokenizer", "tokenize train", "tokenize validation"]
-    assert all(done == total > 0 for done, total in last.values())
+    progress = Recorder()
+    build_corpus([stdlib_sources], tmp_path / "c", "train:300", dedup="near", progress=progress)
+    assert progress.stages == [
+        "sample text for the tokenizer",
+        "read and tokenize",
+        "find exact duplicates",
+        "find near duplicates",
+        "write shards",
+    ]
+    assert all(done == total > 0 for done, total in progress.done.values())
 
 
 def test_too_little_room_is_said_before_anything_is_written(
@@ -377,61 +421,50 @@ def test_too_little_room_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_leaves_nothing(stdlib_sources: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_the_next_build_goes_on(stdlib_sources: Path, tmp_path: Path) -> None:
+    def build(out_dir: Path) -> None:
+        build_corpus([stdlib_sources], out_dir, "bytes", validation_fraction=0)
+
+    build(tmp_path / "d")
+    shard = (tmp_path / "d" / "train-00000.tar").stat().st_size
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the nearest that an ordinary user has to a full disk
-    try:
-        with pytest.raises(
-            StorageError, match=rf"could not be written to .*{os.strerror(errno.EFBIG)}.*Nothing was left"
-        ):
-            build_corpus([stdlib_sources], tmp_path / "c", "bytes")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert list(tmp_path.iterdir()) == []
-
-
-KILLED_BUILD = """
-import os, signal, sys
-from pathlib import Path
-from data_tools.build import build_corpus
-
-def report(stage, done, total):
-    if stage == "tokenize validation":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-build_corpus([Path(sys.argv[1])], Path(sys.argv[2]), "bytes", chunk_tokens=20_000, shard_bytes=100_000, progress=report)
-"""
-
-
-def test_a_killed_build_leaves_no_corpus_and_is_cleared_away(stdlib_sources: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "c"
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", KILLED_BUILD, str(stdlib_sources), str(out_dir)]
-    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, timeout=60, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not out_dir.exists()
-    left = tmp_path / ".c.building"
-    assert (left / "train-00000.tar").exists()
-    (left / "train-99999.tar").write_bytes(b"from a build of other text")
-
-    build_corpus([stdlib_sources], out_dir, "bytes", chunk_tokens=20_000, shard_bytes=100_000)
-    build_corpus([stdlib_sources], tmp_path / "d", "bytes", chunk_tokens=20_000, shard_bytes=100_000)
+    # The nearest that an ordinary user has to a full disk: with no room for what is read, then with none for the shard.
+    for limit, left in ((100_000, ["d"]), (shard - 1, [".c.building", "d"])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(StorageError, match=rf"could not be written to .*{os.strerror(errno.EFBIG)}") as caught:
+                build(tmp_path / "c")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+        assert ("goes on from there" in str(caught.value)) == (len(left) == 2)
+        assert not list(tmp_path.glob(".c.building/**/.tmp-*"))
+    build(tmp_path / "c")
+    assert files_of(tmp_path / "c") == files_of(tmp_path / "d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
-    assert files_of(out_dir) == files_of(tmp_path / "d")
 
 
 def test_two_builds_of_one_corpus_do_not_mix(stdlib_sources: Path, tmp_path: Path) -> None:
     refused: list[str] = []
 
-    def report(stage: str, done: int, total: int) -> None:
-        if stage == "tokenize train" and not refused:
-            with pytest.raises(CorpusError, match="Another build") as caught:
-                build_corpus([stdlib_sources], tmp_path / "c", "bytes")
-            refused.append(str(caught.value))
+    def build_again() -> None:
+        with pytest.raises(CorpusError, match="Another build") as caught:
+            build_corpus([stdlib_sources], tmp_path / "c", "bytes")
+        refused.append(str(caught.value))
 
-    build_corpus([stdlib_sources], tmp_path / "c", "bytes", progress=report)
+    build_corpus([stdlib_sources], tmp_path / "c", "bytes", progress=Recorder("write shards", build_again))
     assert refused
     assert verify_corpus(tmp_path / "c") == []
+
+
+def test_the_same_command_again_finds_the_corpus(stdlib_sources: Path, tmp_path: Path) -> None:
+    first = build_corpus([stdlib_sources], tmp_path / "c", "train:300")
+    again = build_corpus([stdlib_sources], tmp_path / "c", "train:300")
+    assert first is not None
+    assert again is not None
+    assert (again.manifest, again.statistics) == (first.manifest, None)
+    with pytest.raises(CorpusError, match="is not the corpus of these sources and options"):
+        build_corpus([stdlib_sources], tmp_path / "c", "train:301")
 
 
 def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
@@ -502,12 +535,7 @@ def test_a_missing_shard_is_named(stdlib_sources: Path, tmp_path: Path) -> None:
 
 def test_verify_checks_content_and_not_only_hashes(stdlib_sources: Path, tmp_path: Path) -> None:
     """A builder's fault: all hashes fit, and the tokens are not the tokenizer's."""
-    from data_tools.build import _write_manifest
-    from data_tools.shards import SplitWriter
-
-    writer = SplitWriter(tmp_path, "train", "uint16", 9, 100, 10_000)
-    writer.add("a", np.array([5, 300]), 2)
-    _write_manifest(tmp_path, CorpusTokenizer.of_bytes(), "uint16", {"train": writer.close()}, {})
+    write_corpus(tmp_path, {"train": [np.array([5, 300])]}, end_of_text=9)
     problems = verify_corpus(tmp_path)
     assert len(problems) == 2
     assert "token 300 is not among the tokenizer's 257 ids" in problems[0]
