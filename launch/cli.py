@@ -25,6 +25,7 @@ HANDLERS = {
     "data build": "launch.data:build",
     "data verify": "launch.data:verify",
     "data show": "launch.data:show",
+    "data order": "launch.data:order",
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
     "ckpt list": "launch.ckpt:main",

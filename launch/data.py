@@ -1,4 +1,4 @@
-"""`gptdist data build|verify|show`: the data tools' answers on a console.
+"""`gptdist data build|verify|show|order`: the data tools' answers on a console.
 
 Knows nothing of formats; `data_tools/` does the work.
 """
@@ -6,9 +6,12 @@ Knows nothing of formats; `data_tools/` does the work.
 import argparse
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptdist.errors import EXIT_DONE, EXIT_FAILED
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+
+if TYPE_CHECKING:
+    from data_tools.order import RunOrder
 
 REDRAW_SECONDS = 0.2
 
@@ -60,6 +63,54 @@ def show(args: argparse.Namespace) -> int:
 
     print(render_corpus(args.corpus).rstrip())
     return EXIT_DONE
+
+
+def order(args: argparse.Namespace) -> int:
+    """What a run reads when; exit 1 where the proof that was asked for fails."""
+    from data_tools.order import RunOrder
+    from gptdist.config.check import check_run
+    from gptdist.config.load import load_run
+    from gptdist.train.schedule import samples_at_step
+
+    if args.epoch is not None and not args.check:
+        raise ConfigError("--epoch is for --check.")
+    loaded = load_run(args.config, args.overrides)
+    config = loaded.config
+    # The order is the same for any number of ranks, so the least that the layout needs stands for all.
+    check_run(config, config.parallel.tensor * config.parallel.pipeline, loaded.origins)
+    run = RunOrder(config, lambda step: samples_at_step(step, config.train, config.schedule))
+    if args.check:
+        return _check_order(run, args.epoch or 0)
+    for line in run.step_lines(args.step) if args.step else run.document_lines(args.document):
+        print(line)
+    return EXIT_DONE
+
+
+def _check_order(run: "RunOrder", epoch: int) -> int:
+    from data_tools.order_check import prove_blend, prove_epoch
+
+    progress = ProgressLine() if sys.stderr.isatty() else None
+    holds = True
+    for name, order in run.source.orders.items():
+        started = time.monotonic()
+        proof = prove_epoch(order, epoch, progress)
+        if progress:
+            progress.clear()
+        holds &= proof.holds
+        verdict = "each window exactly once" if proof.holds else "NOT each window exactly once"
+        print(
+            f"{name}: epoch {epoch}, {proof.samples:,} samples over {proof.windows:,} windows: {proof.used:,} windows "
+            f"used, {proof.outside:,} outside the corpus: {verdict} ({time.monotonic() - started:.1f} s)",
+            flush=True,
+        )
+    blend = prove_blend(run.source.blend, run.total_samples, progress)
+    if progress:
+        progress.clear()
+    print(
+        f"run: {blend.samples:,} samples: {blend.gaps:,} gaps or repeats in the counts of the corpora, none ever "
+        f"further than {blend.furthest:.3f} of a sample from its weight"
+    )
+    return EXIT_DONE if holds and blend.holds else EXIT_FAILED
 
 
 class ProgressLine:

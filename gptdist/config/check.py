@@ -7,6 +7,7 @@ Pure: knows values and where they were written, no file and no process. What one
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gptdist.config.problems import DEFAULT, Problem, raise_problems
 from gptdist.config.sections import BlendPart, DataConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -100,7 +101,7 @@ def rule_phases(config: RunConfig, world_size: int) -> Iterator[Broken]:
             f"data.blend: [{{corpus: {data.corpus or 'DIR'}, weight: 1}}]."
         )
         yield Broken(text, ("data.phases", "data.corpus"))
-    for number, (earlier, later) in enumerate(zip(data.phases, data.phases[1:], strict=False), 1):
+    for number, (earlier, later) in enumerate(pairwise(data.phases), 1):
         if later.from_sample <= earlier.from_sample:
             key = f"data.phases[{number}].from_sample"
             text = (

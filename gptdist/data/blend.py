@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,11 +40,7 @@ class BlendOrder:
 
     def __init__(self, phases: Sequence[Phase]) -> None:
         starts = [phase.from_sample for phase in phases]
-        if (
-            not phases
-            or starts[0] != 0
-            or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False))
-        ):
+        if not phases or starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)):
             raise ValueError(f"phases begin at {starts}; the first must be at 0, and they must rise")
         self.phases = tuple(phases)
         self.corpora = tuple(dict.fromkeys(name for phase in phases for name, _ in phase.weights))

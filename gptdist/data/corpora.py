@@ -87,8 +87,8 @@ def _check_alike(readers: Mapping[str, TokenReader]) -> None:
         own, other = reader.manifest.tokenizer.sha256, readers[first].manifest.tokenizer.sha256
         if own != other:
             raise CorpusError(
-                f"{first} and {name} were built with different tokenizers (sha256 {other[:12]}... and {own[:12]}...); a "
-                f"run needs one. Build one of them again with --tokenizer and the other's tokenizer.json."
+                f"{first} and {name} were built with different tokenizers (sha256 {other[:12]}... and {own[:12]}...); "
+                f"a run needs one. Build one of them again with --tokenizer and the other's tokenizer.json."
             )
         index = reader.manifest.split("train").index.sha256
         if index in seen:

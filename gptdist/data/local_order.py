@@ -1,4 +1,4 @@
-"""The order for corpora whose shards are far away: windows shuffled in blocks of neighbours, read from few shards at once.
+"""The order for corpora whose shards are far away: shuffled in blocks of neighbours, read from few shards at once.
 
 Knows integers only. An epoch puts the blocks of a corpus into the order of a keyed permutation; `blocks_per_buffer` of
 them in a row are a buffer, within which every window may follow any other, by a keyed permutation of its own. Each
@@ -27,7 +27,7 @@ class Buffer:
 
 
 class LocalOrder:
-    """Sample number -> (epoch, window) for `num_windows` windows in blocks of `block_windows`; the last may be short."""
+    """Sample number -> (epoch, window) for windows in blocks of `block_windows` neighbours; the last may be short."""
 
     def __init__(self, seed: int, num_windows: int, block_windows: int, blocks_per_buffer: int) -> None:
         if not 1 <= num_windows <= MAX_WINDOWS:

@@ -43,6 +43,7 @@ class SampleSource:
     ) -> None:
         self.blend = blend
         self.sequence_length = sequence_length
+        self.orders = {name: orders[name] for name in blend.corpora}
         self._corpora = [_Corpus(readers[name], orders[name]) for name in blend.corpora]
         for corpus in self._corpora:
             windows = corpus.reader.num_windows(sequence_length)

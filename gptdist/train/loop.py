@@ -161,7 +161,7 @@ def epoch_values(source: SampleSource, samples: int) -> dict[str, float]:
     """`data/epoch`: how often the corpus has been read through; of a blend, `data/epoch/NAME` of each."""
     epochs = source.epochs(samples)
     if len(epochs) == 1:
-        return {"data/epoch": value for value in epochs.values()}
+        return {"data/epoch": next(iter(epochs.values()))}
     names = short_names(source.blend.corpora)
     return {f"data/epoch/{names[name]}": value for name, value in epochs.items()}
 
