@@ -108,7 +108,7 @@ def _remedy(path: KeyPath, kind: str, value: Any) -> str:
         if near:
             return f" Did you mean {near[0]}?"
     field = field_at(path)
-    if field is None or field.default in (None, PydanticUndefined):
+    if field is None or field.default in (None, (), PydanticUndefined):
         return ""
     return f" The default is {render_scalar(field.default)}."
 
