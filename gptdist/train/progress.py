@@ -130,11 +130,11 @@ def check_same_data(saved: dict[str, Any], current: dict[str, Any], samples: int
         today = now[number] if number < len(now) else None
         if _phase_key(then) != _phase_key(today):
             raise CheckpointError(
-                f"{where} cannot be resumed with this data: its {samples:,} samples were drawn from "
-                f"{_render_phase(then)}, the config now says {_render_phase(today)}, so its count of samples means "
-                "other text. What was consumed cannot be changed; to go on with another blend, leave the earlier "
-                f"phases as they were and add a phase to data.phases with from_sample: {samples}. Or start anew with "
-                "--fresh or another launch.run_dir."
+                f"{where} cannot be resumed with this data: it was trained on {_what_else(then, today)} ("
+                f"{_render_phase(then)}; the config now says {_render_phase(today)}), so its count of {samples:,} "
+                "samples means other text. What was consumed cannot be changed; to go on with another blend, leave the "
+                f"earlier phases as they were and add a phase to data.phases with from_sample: {samples}. Or start "
+                "anew with --fresh or another launch.run_dir."
             )
 
 
@@ -145,6 +145,13 @@ def _phases_before(identity: dict[str, Any], samples: int) -> list[dict[str, Any
 def _phase_key(phase: dict[str, Any] | None) -> object:
     """What must be the same: not the corpora's names, which change when folders move."""
     return phase and (phase["from_sample"], [(part["index"], part["weight"]) for part in phase["blend"]])
+
+
+def _what_else(then: dict[str, Any] | None, today: dict[str, Any] | None) -> str:
+    if then is None or today is None or then["from_sample"] != today["from_sample"]:
+        return "other phases"
+    same = [part["index"] for part in then["blend"]] == [part["index"] for part in today["blend"]]
+    return "other weights" if same else "another corpus"
 
 
 def _render_phase(phase: dict[str, Any] | None) -> str:

@@ -95,7 +95,7 @@ def rows_of(source: SampleSource, first: int, batch: int, micro: int, data_size:
 
 
 @given(sources(largest=60), stretches)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_exactly_once_over_restarts(source: SampleSource, stretches: list[tuple[int, int, int, int]]) -> None:
     seen: list[tuple[int, int]] = []
     while len(seen) < 150:
@@ -279,14 +279,17 @@ def test_phases_to_come_may_change_and_those_begun_may_not(folder: Path) -> None
         same = blend_of(folder, (0, {"a": 7, "b": 3}), (100, {"a": 0.5, "b": 0.5}), *later)
         check_same_data(saved, identity(same), 300, "step-1")
     wrong: list[tuple[list[tuple[int, dict[str, float]]], str]] = [
-        ([(0, {"a": 0.6, "b": 0.4}), (100, {"a": 1, "b": 1})], r"/a \(weight 7,.* now says .*/a \(weight 3,"),
-        ([(0, {"a": 0.7, "b": 0.3})], "from sample 100 on, the config now says no such phase"),
+        (
+            [(0, {"a": 0.6, "b": 0.4}), (100, {"a": 1, "b": 1})],
+            r"other weights .*/a \(weight 7,.* now says .*/a \(weight 3,",
+        ),
+        ([(0, {"a": 0.7, "b": 0.3})], "other phases .*from sample 100 on; the config now says no such phase"),
         (
             [(0, {"a": 0.7, "b": 0.3}), (100, {"a": 1, "b": 1}), (299, {"c": 1})],
-            "from no such phase, .* from sample 299",
+            "no such phase; .* from sample 299",
         ),
         ([(0, {"a": 0.7, "b": 0.3}), (101, {"a": 1, "b": 1})], "from sample 100 on.* from sample 101 on"),
-        ([(0, {"a": 0.7, "c": 0.3}), (100, {"a": 1, "b": 1})], "/b .*now says.*/c "),
+        ([(0, {"a": 0.7, "c": 0.3}), (100, {"a": 1, "b": 1})], "another corpus .*/b .*now says.*/c "),
     ]
     for phases, message in wrong:
         with pytest.raises(CheckpointError, match=f"(?s)step-1 cannot be resumed.*{message}.*from_sample: 300"):
