@@ -13,7 +13,7 @@ from gptdist.data.permutation import KeyedPermutation
 from tests.unit.test_order import excess
 
 seeds = st.integers(0, 2**70)
-sizes = st.tuples(st.integers(1, 2000), st.integers(1, 300), st.integers(1, 9))
+sizes = st.tuples(st.integers(1, 600), st.integers(1, 150), st.integers(1, 9))
 large = st.tuples(st.integers(1, 10**12), st.integers(1, 10**7), st.integers(1, 40))
 
 
