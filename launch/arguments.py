@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; `command` says which it is. Exits 2 with one error where it cannot be read."""
     parsed, rest = build_parser().parse_known_args(argv)
-    if parsed.command == "train":
+    if parsed.command in ("train", "data order"):
         # argparse gives up on positional arguments once options follow them.
         parsed.overrides = [*parsed.overrides, *(word for word in rest if not word.startswith("-"))]
         rest = [word for word in rest if word.startswith("-")]
@@ -84,7 +84,7 @@ def _add_train(parser: Parser, commands: Any) -> None:
 
 
 def _add_data(parser: Parser, commands: Any) -> None:
-    data = _add(parser, commands, "data", "corpora: build, verify, show")
+    data = _add(parser, commands, "data", "corpora: build, verify, show, order")
     subcommands = data.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
     _add_data_build(_add(data, subcommands, "build", "make a corpus of token shards from text"))
     for name, what in (
@@ -161,6 +161,21 @@ def _add_data_build(build: Parser) -> None:
         help="be part I (from 0) of N on a shared disk (default: the Slurm array's)",
     )
 
+    _add_data_order(data, subcommands)
+
+
+def _add_data_order(data: Parser, subcommands: Any) -> None:
+    order = _add(data, subcommands, "order", "which documents a step trains on, which steps saw a document; a proof")
+    order.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    order.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file's"
+    )
+    question = order.add_mutually_exclusive_group(required=True)
+    question.add_argument("--step", type=_positive, metavar="S", help="the documents that step S trains on")
+    question.add_argument("--document", metavar="KEY", help="the steps that train on this document")
+    question.add_argument("--check", action="store_true", help="prove over a whole epoch: each window exactly once")
+    order.add_argument("--epoch", type=_from_zero, metavar="E", help="epoch to check (default: 0, the first)")
+
 
 def _add_generate(parser: Parser, commands: Any) -> None:
     generate = _add(parser, commands, "generate", "continue a prompt with a trained model")
@@ -206,6 +221,10 @@ def _typed(parse: Callable[[str], Any], text: str, accepts: Callable[[Any], bool
 
 def _positive(text: str) -> int:
     return int(_typed(int, text, lambda value: value >= 1, "must be a whole number of at least 1"))
+
+
+def _from_zero(text: str) -> int:
+    return int(_typed(int, text, lambda value: value >= 0, "must be a whole number of at least 0"))
 
 
 def _temperature(text: str) -> float:

@@ -26,6 +26,7 @@ HANDLERS = {
     "data verify": "launch.data:verify",
     "data show": "launch.data:show",
     "data index": "launch.data:index",
+    "data order": "launch.data_order:main",
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
     "ckpt list": "launch.ckpt:main",

@@ -1,4 +1,4 @@
-"""`gptdist data verify|show|index|order`: the data tools' answers on a console.
+"""`gptdist data verify|show|index`: the data tools' answers on a console.
 
 Knows nothing of formats; `data_tools/` does the work.
 """

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gptdist.config.load import load_run
 from gptdist.config.sections import RunConfig
+from gptdist.data.corpora import corpus_names
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
 from gptdist.monitor.console import render_count, render_duration
 
@@ -64,7 +65,7 @@ def build_corpus(config: RunConfig, sources: Sequence[Path]) -> float:
     from data_tools.show import unigram_entropy
 
     heading(1, f"make a corpus from {', '.join(map(str, sources))}")
-    out = Path(config.data.corpus)
+    out = Path(corpus_names(config.data)[0])
     if (out / "manifest.json").exists():
         print(f"{out} is there already; remove it to build it again")
         gptdist("data", "show", out)

@@ -3,6 +3,7 @@
 This is where the parts meet; each part is handed its own section and knows nothing of the others.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +16,22 @@ from gptdist.comms import Comms
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun, render_config
 from gptdist.config.sections import RunConfig
+from gptdist.data.corpora import build_source, open_corpora, open_tokenizer, short_names
 from gptdist.data.loader import BatchLoader, held_out_batches
-from gptdist.data.order import WindowOrder
+from gptdist.data.manifest import Manifest
 from gptdist.data.reader import TokenReader
+from gptdist.data.samples import SampleSource
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.zero_config import memory_note
-from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CorpusError, StorageError
+from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
 from gptdist.layout import Layout
 from gptdist.model.parameters import flops_per_token, parameter_count
-from gptdist.monitor.console import RunHeader, render_run_header
+from gptdist.monitor.console import CorpusUse, RunHeader, render_run_header
 from gptdist.monitor.peaks import peak_flops
 from gptdist.monitor.sinks import Sinks, build_sinks, check_sinks
 from gptdist.monitor.throughput import Throughput
-from gptdist.train.evaluate import held_out_values
+from gptdist.train.evaluate import blend_values, held_out_values
 from gptdist.train.loop import Actions, Sections, TrainLoop
 from gptdist.train.progress import (
     Progress,
@@ -49,11 +52,15 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class RunData:
-    """The corpus of a run, opened."""
+    """The corpora of a run, opened, by their names in the config; `validation` has those with held-out text enough."""
 
     tokenizer: CorpusTokenizer
-    train: TokenReader
-    validation: TokenReader | None
+    train: Mapping[str, TokenReader]
+    validation: Mapping[str, TokenReader]
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        return {name: reader.manifest for name, reader in self.train.items()}
 
 
 def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
@@ -72,23 +79,20 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
 
 
 def open_data(config: RunConfig) -> RunData:
-    """Open the corpus and check that the model fits it. Raises CorpusError, or ConfigError for the model's sizes."""
-    corpus_dir = Path(config.data.corpus)
-    train = TokenReader(corpus_dir, "train", config.data.verify)
-    train.num_windows(config.model.sequence_length)
-    tokenizer = CorpusTokenizer.load(corpus_dir)
+    """Open the corpora and check that the model fits them. Raises CorpusError, or ConfigError for the model's sizes."""
+    length = config.model.sequence_length
+    train = open_corpora(config.data, "train")
+    for reader in train.values():
+        reader.num_windows(length)
+    tokenizer = open_tokenizer(train)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the {tokenizer.vocab_size} ids of the "
-            f"corpus's tokenizer ({corpus_dir}). Set model.vocab_size: {tokenizer.vocab_size}."
+            f"corpus's tokenizer ({next(iter(train))}). Set model.vocab_size: {tokenizer.vocab_size}."
         )
-    validation = None
-    if "validation" in train.manifest.splits:
-        validation = TokenReader(corpus_dir, "validation", config.data.verify)
-        try:
-            validation.num_windows(config.model.sequence_length)
-        except CorpusError:
-            validation = None  # shorter than one window: nothing to evaluate on
+    held_out = open_corpora(config.data, "validation")
+    # One shorter than a window has nothing to evaluate on.
+    validation = {name: reader for name, reader in held_out.items() if reader.num_tokens > length}
     return RunData(tokenizer, train, validation)
 
 
@@ -122,8 +126,9 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             _write_first(loaded, comms, data, fresh)
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, progress, resumed_from)), flush=True)
-            if note := memory_note(config.parallel):
-                print(f"note    {note}", flush=True)
+            for note in (*repeat_notes(config, data), memory_note(config.parallel)):
+                if note:
+                    print(f"note    {note}", flush=True)
         if done:
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
@@ -157,8 +162,9 @@ def _take_up(
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
     with found.checkpoint as checkpoint:
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        current = data_identity(config, data.train.manifest)
-        check_same_data(checkpoint.state["data"], current, str(checkpoint.path))
+        current = data_identity(config, data.manifests)
+        consumed = restored_progress(checkpoint.state).samples
+        check_same_data(checkpoint.state["data"], current, consumed, str(checkpoint.path))
         with comms.together():
             engine.read(checkpoint, checkpoint.state["engine"])
         engine.refresh()
@@ -176,10 +182,10 @@ def _check_before_writing(
             loader.next()
         finally:
             loader.close()
-        if data.validation:
-            length, train = config.model.sequence_length, config.train
-            rank, size = engine.groups.data_rank, layout.data
-            for _ in held_out_batches(data.validation, length, train.eval_samples, train.micro_batch_size, rank, size):
+        length, train = config.model.sequence_length, config.train
+        rank, size = engine.groups.data_rank, layout.data
+        for reader in data.validation.values():
+            for _ in held_out_batches(reader, length, train.eval_samples, train.micro_batch_size, rank, size):
                 pass
         if comms.is_first:
             _check_room(config)
@@ -214,17 +220,18 @@ def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _build_loader(config: RunConfig, layout: Layout, engine: TrainEngine, data: RunData) -> BatchLoader:
-    length = config.model.sequence_length
-    order = WindowOrder(config.data.seed, data.train.num_windows(length))
     return BatchLoader(
-        data.train,
-        order,
-        length,
+        run_source(config, data),
         config.train.micro_batch_size,
         engine.groups.data_rank,
         layout.data,
         config.data.prefetch,
     )
+
+
+def run_source(config: RunConfig, data: RunData) -> SampleSource:
+    """The samples of the run."""
+    return build_source(config.data, data.train, config.model.sequence_length)
 
 
 def _sinks(config: RunConfig, comms: Comms, progress: Progress) -> Sinks:
@@ -244,14 +251,23 @@ def _build_loop(
     sinks: Sinks,
 ) -> TrainLoop:
     def save(progress: Progress) -> Path:
-        state = run_state(progress, config, layout.describe(), data.train.manifest, engine.state())
+        state = run_state(progress, config, layout.describe(), data.manifests, engine.state())
         return save_checkpoint(
             checkpoints_dir(config), progress.step, engine.fragments(), state, comms, config.checkpoint.keep
         )
 
-    def evaluate() -> dict[str, float]:
-        assert data.validation is not None
-        return held_out_values(engine, data.validation, config.train.eval_samples, config.train.micro_batch_size)
+    names = short_names(tuple(data.train))
+
+    def evaluate(progress: Progress) -> dict[str, float]:
+        train = config.train
+        by_corpus = {
+            names[name]: held_out_values(engine, reader, train.eval_samples, train.micro_batch_size)
+            for name, reader in data.validation.items()
+        }
+        if len(data.train) == 1:
+            return next(iter(by_corpus.values()))
+        phase = loader.source.blend.phase_at(max(0, progress.samples - 1))  # that of the last sample trained on
+        return blend_values(by_corpus, {names[name]: phase.share(name) for name in data.train})
 
     def sample() -> str:
         prompt = data.tokenizer.encode(config.monitor.sample_prompt) or [data.tokenizer.end_of_text]
@@ -282,7 +298,6 @@ def _header(
     resumed_from: str | None,
 ) -> RunHeader:
     device = torch.cuda.get_device_name() if engine.network.device.type == "cuda" else "cpu"
-    split = data.train.manifest.split("train")
     return RunHeader(
         parameters=parameter_count(config.model),
         layout=layout.describe(),
@@ -296,5 +311,21 @@ def _header(
         resumed_from=resumed_from,
         start_step=progress.step,
         start_sample=progress.samples,
-        data=f"{config.data.corpus}: {split.tokens:,} tokens in {split.documents:,} documents",
+        corpora=corpus_uses(config, data),
     )
+
+
+def corpus_uses(config: RunConfig, data: RunData) -> tuple[CorpusUse, ...]:
+    """How much of each corpus the whole run takes."""
+    source, samples = run_source(config, data), total_samples(config.train, config.schedule)
+    counts, epochs = source.blend.counts(samples), source.epochs(samples)
+    uses = []
+    for (name, reader), count in zip(data.train.items(), counts, strict=True):
+        split = reader.manifest.split("train")
+        uses.append(CorpusUse(name, split.tokens, split.documents, count / samples, epochs[name]))
+    return tuple(uses)
+
+
+def repeat_notes(config: RunConfig, data: RunData) -> list[str]:
+    """What to know before a run that reads a corpus more than once."""
+    return [f"{use.name} will be read {use.epochs:.3g} times" for use in corpus_uses(config, data) if use.epochs > 1]

@@ -15,6 +15,7 @@ from gptdist.checkpoint.manifest import MANIFEST
 from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
+from gptdist.data.corpora import corpus_names
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
 from gptdist.errors import CheckpointError
@@ -94,7 +95,7 @@ def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusT
         path / TOKENIZER_FILE,
         checkpoint.path.parent.parent / TOKENIZER_FILE,
         Path(config.launch.run_dir) / TOKENIZER_FILE,
-        Path(config.data.corpus),
+        *map(Path, corpus_names(config.data)),
     ]
     for place in places:
         if place.exists():

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from gptdist.config.marked import Marked, render_scalar
 from gptdist.config.problems import Problem
-from gptdist.config.schema import KeyPath, field_at, nested_section, section_at, suggest_key
+from gptdist.config.schema import KeyPath, field_at, nested_section, section_at, shown_path, suggest_key
 from gptdist.config.sections import Section
 
 _COMPARISONS = {
@@ -29,6 +29,7 @@ _TYPES = {
     "string_type": "text (put it in quotes)",
     "string_unicode": "text of whole characters",
     "finite_number": "a finite number",
+    "tuple_type": "a list",
 }
 
 
@@ -48,9 +49,20 @@ def _explain_missing(path: KeyPath, tree: Marked) -> Iterator[Problem]:
     for required in _required_settings(section, path) if section else [path]:
         field = field_at(required)
         meaning = f" ({field.description.rstrip('.')})" if field and field.description else ""
-        name = ".".join(required)
+        name = shown_path(required)
+        give = "" if "[" in name else f", or give {name}=VALUE"
+        yield Problem(f"{name} is not set and has no default{meaning}. Add it{give}.", tree.origin_of(path))
+
+
+def explain_no_corpus(tree: Marked) -> Iterator[Problem]:
+    """A run reads something; which of the two settings says what is open, so neither is required by itself."""
+    data = tree.child("data") or Marked({}, tree.origin)
+    named = [data.child("corpus"), data.child("blend")]
+    if isinstance(data.value, dict) and all(setting is None or setting.value is None for setting in named):
         yield Problem(
-            f"{name} is not set and has no default{meaning}. Add it, or give {name}=VALUE.", tree.origin_of(path)
+            "data.corpus is not set and has no default (Folder that `gptdist data build` made, or its URL). Add it, or "
+            "give data.corpus=VALUE; for several corpora, set data.blend.",
+            tree.origin_of(("data",)),
         )
 
 
@@ -64,7 +76,7 @@ def _required_settings(section: type[Section], path: KeyPath) -> Iterator[KeyPat
 
 
 def _explain_value(path: KeyPath, details: ErrorDetails) -> str:
-    name, kind, value = ".".join(path), details["type"], details["input"]
+    name, kind, value = shown_path(path), details["type"], details["input"]
     if kind == "extra_forbidden":
         return f"{name} is not a setting. {suggest_key(path)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
@@ -96,7 +108,7 @@ def _remedy(path: KeyPath, kind: str, value: Any) -> str:
         if near:
             return f" Did you mean {near[0]}?"
     field = field_at(path)
-    if field is None or field.default in (None, PydanticUndefined):
+    if field is None or field.default in (None, (), PydanticUndefined):
         return ""
     return f" The default is {render_scalar(field.default)}."
 
@@ -107,5 +119,10 @@ def _choices(path: KeyPath) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    shown = "a mapping" if isinstance(value, dict) else repr(value) if isinstance(value, list) else render_scalar(value)
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, tuple):
+        value = f"[{', '.join(map(_shown, value))}]"
+        return value if len(value) <= 60 else value[:57] + "..."
+    shown = render_scalar(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gptdist.config.explain import explain
+from gptdist.config.explain import explain, explain_no_corpus
 from gptdist.config.marked import Marked, merge, read_yaml, render_scalar
 from gptdist.config.problems import COMMAND_LINE, DEFAULT, Problem, raise_problems
-from gptdist.config.schema import KeyPath, field_at, section_at, suggest_key
+from gptdist.config.schema import KeyPath, field_at, item_section, section_at, shown_path, suggest_key
 from gptdist.config.sections import RunConfig
 
 BASE_KEY = "base"
@@ -42,6 +42,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LoadedRun:
         config = RunConfig.model_validate(tree.plain(), strict=True)
     except ValidationError as error:
         problems.extend(explain(error, tree, skip_missing=not complete))
+    if complete:
+        problems.extend(explain_no_corpus(tree))
     raise_problems(problems, str(path))
     return LoadedRun(config, dict(_origins(resolved_dict(config), tree, ())))
 
@@ -114,7 +116,7 @@ def _read_file(path: Path, shown: str, written_at: str, problems: list[Problem])
 def _bases(base: Marked | None, problems: list[Problem]) -> Iterator[tuple[str, str]]:
     if base is None or base.value is None:
         return
-    names = base.value if isinstance(base.value, list) else [base.value]
+    names = base.plain() if isinstance(base.value, tuple) else [base.value]
     for name in names:
         if isinstance(name, str) and name and "\0" not in name:
             yield name, base.origin
@@ -147,6 +149,11 @@ def _apply_override(tree: Marked, override: str, problems: list[Problem]) -> Mar
         problems.append(
             Problem(f"{override!r} is no override. Write section.key=value: train.steps=100.", COMMAND_LINE)
         )
+        return tree
+    number = next((index for index, key in enumerate(path) if key.isdecimal()), 0)
+    if number and (field := field_at(path[:number])) and item_section(field.annotation):
+        text = f"{name} is inside a list, which is given whole: {shown_path(path[:number])}=[{{...}}, {{...}}]."
+        problems.append(Problem(text, COMMAND_LINE))
         return tree
     if field_at(path) is None:
         problems.append(Problem(f"{name} is not a setting. {_suggest_override(path)}", COMMAND_LINE))
@@ -196,8 +203,10 @@ def _origins(resolved: dict[str, Any], tree: Marked, above: KeyPath) -> Iterator
         path = (*above, key)
         if isinstance(value, dict):
             yield from _origins(value, tree, path)
-        else:
-            yield ".".join(path), tree.origin_of(path) if tree.has(path) else DEFAULT
+            continue
+        if _is_list_of_sections(value):
+            yield from _origins({str(number): item for number, item in enumerate(value)}, tree, path)
+        yield shown_path(path), tree.origin_of(path) if tree.has(path) else DEFAULT
 
 
 def _render_lines(resolved: dict[str, Any], origins: dict[str, str], above: KeyPath) -> Iterator[tuple[str, str]]:
@@ -207,6 +216,17 @@ def _render_lines(resolved: dict[str, Any], origins: dict[str, str], above: KeyP
         if isinstance(value, dict):
             yield f"{indent}{key}:", ""
             yield from _render_lines(value, origins, path)
+        elif _is_list_of_sections(value):
+            yield f"{indent}{key}:", ""
+            for number, item in enumerate(value):
+                lines = list(_render_lines(item, origins, (*path, str(number))))
+                # The item's first line carries its dash, in the room of its indent.
+                lines[0] = (f"{indent}  - {lines[0][0].lstrip()}", lines[0][1])
+                yield from lines
         else:
-            origin = "".join(letter if letter.isprintable() else "?" for letter in origins[".".join(path)])
+            origin = "".join(letter if letter.isprintable() else "?" for letter in origins[shown_path(path)])
             yield f"{indent}{key}: {render_scalar(value)}", origin
+
+
+def _is_list_of_sections(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)

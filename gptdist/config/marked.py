@@ -24,7 +24,7 @@ Where = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Marked:
-    """`value` is a scalar, a list of plain values, or a dict of key -> Marked; `origin` is where it was written."""
+    """`value` is a scalar, a tuple of Marked, or a dict of key -> Marked; `origin` is where it was written."""
 
     value: Any
     origin: str
@@ -33,22 +33,33 @@ class Marked:
         """The values without their marks."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, tuple):
+            return tuple(child.plain() for child in self.value)
         return self.value
+
+    def child(self, key: str) -> "Marked | None":
+        """What stands under `key`; of a list, under the item's number."""
+        if isinstance(self.value, dict):
+            return self.value.get(key)
+        if isinstance(self.value, tuple) and key.isdecimal() and int(key) < len(self.value):
+            item: Marked = self.value[int(key)]
+            return item
+        return None
 
     def origin_of(self, path: tuple[str, ...]) -> str:
         """Where `path` was written; for what was not, where the innermost thing around it was."""
         node = self
         for key in path:
-            if not isinstance(node.value, dict) or key not in node.value:
+            below = node.child(key)
+            if below is None:
                 break
-            node = node.value[key]
+            node = below
         return node.origin
 
     def has(self, path: tuple[str, ...]) -> bool:
         """Whether `path` was written at all."""
-        if not path:
-            return True
-        return isinstance(self.value, dict) and path[0] in self.value and self.value[path[0]].has(path[1:])
+        below = self.child(path[0]) if path else None
+        return not path or (below is not None and below.has(path[1:]))
 
 
 class _RunLoader(yaml.SafeLoader):
@@ -106,8 +117,8 @@ def _mark(loader: _RunLoader, node: yaml.Node, origin: str, where: Where, proble
     if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
         return Marked(_mark_mapping(loader, node, where, problems), origin)
     if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
-        items = [_mark(loader, item, origin, where, problems) for item in node.value]
-        return Marked([item.plain() for item in items if item], origin)
+        items = (_mark(loader, item, where(item.start_mark.line + 1), where, problems) for item in node.value)
+        return Marked(tuple(item for item in items if item), origin)
     if isinstance(node, yaml.ScalarNode):
         try:
             return Marked(loader.construct_object(node), origin)

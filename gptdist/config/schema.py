@@ -5,29 +5,50 @@ Reads the section classes only; knows no file and no value.
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from gptdist.config.sections import RunConfig, Section
 
 KeyPath = tuple[str, ...]
+"""Keys from the run down; an item of a list by its number: ("data", "blend", "0", "weight")."""
+
+
+def shown_path(path: KeyPath) -> str:
+    """`data.blend[0].weight`."""
+    return "".join(f"[{key}]" if key.isdecimal() else f".{key}" for key in path).lstrip(".")
 
 
 def nested_section(annotation: Any) -> type[Section] | None:
     """The section class that a field of this type holds, or None for a plain setting (`BatchRamp | None` holds one)."""
+    if get_origin(annotation) is tuple:
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
 
 
+def item_section(annotation: Any) -> type[Section] | None:
+    """The section class that each item of a list of this type is, or None for anything but a list of sections."""
+    for candidate in (annotation, *get_args(annotation)):
+        if get_origin(candidate) is tuple:
+            return nested_section(get_args(candidate)[0])
+    return None
+
+
 def section_at(path: KeyPath) -> type[Section] | None:
     """The section class at `path` (the run itself at the empty path), or None where there is no section."""
     section: type[Section] | None = RunConfig
+    items: type[Section] | None = None
     for key in path:
+        if items and key.isdecimal():
+            section, items = items, None
+            continue
         field = section.model_fields.get(key) if section else None
         section = nested_section(field.annotation) if field else None
+        items = item_section(field.annotation) if field else None
     return section
 
 
@@ -54,7 +75,7 @@ def suggest_key(path: KeyPath) -> str:
     if "." in path[-1]:
         *outer, inner = path[-1].split(".")
         return f"In a file, sections nest: put `{inner}:` on a line of its own under `{':'.join(outer)}:`."
-    near = [".".join((*path[:-1], key)) for key in difflib.get_close_matches(path[-1], siblings, n=2)]
+    near = [shown_path((*path[:-1], key)) for key in difflib.get_close_matches(path[-1], siblings, n=2)]
     elsewhere = [".".join(other) for other in setting_paths() if other[-1] == path[-1]]
     if not near and not elsewhere:
         names = {other[-1]: ".".join(other) for other in setting_paths()}

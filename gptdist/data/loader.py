@@ -1,7 +1,7 @@
-"""Batches for one data rank: sample numbers -> windows -> tensors, read ahead by a thread.
+"""Batches for one data rank: sample numbers -> tensors, read ahead by a thread.
 
-Where the reader and the order meet. Knows which data rank it serves and how large each global batch is; does not know
-steps, tensor or pipeline ranks, or devices.
+Knows which data rank it serves and how large each global batch is; does not know steps, tensor or pipeline ranks,
+devices, or where a sample's tokens come from (`samples.py`).
 """
 
 import queue
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gptdist.data.order import WindowOrder, micro_batches
+from gptdist.data.order import micro_batches
 from gptdist.data.reader import TokenReader
+from gptdist.data.samples import SampleSource
 from gptdist.errors import ConfigError
 
 
@@ -44,9 +45,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        reader: TokenReader,
-        order: WindowOrder,
-        sequence_length: int,
+        source: SampleSource,
         micro_batch_size: int,
         data_rank: int,
         data_size: int,
@@ -54,13 +53,7 @@ class BatchLoader:
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} is not one of {data_size}")
-        if order.num_windows != reader.num_windows(sequence_length):
-            raise ValueError(
-                f"the order is over {order.num_windows} windows, the reader has {reader.num_windows(sequence_length)}"
-            )
-        self._reader = reader
-        self._order = order
-        self._sequence_length = sequence_length
+        self.source = source
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
@@ -95,10 +88,10 @@ class BatchLoader:
         while True:
             size = batch_size_at(sample)
             samples = micro_batches(sample, size, self._micro_batch_size, self._data_rank, self._data_size)
-            tokens = np.empty((*samples.shape, self._sequence_length + 1), dtype=np.int64)
-            rows = tokens.reshape(-1, self._sequence_length + 1)
-            for row, window in zip(rows, self._order.windows_of(samples).ravel().tolist(), strict=True):
-                self._reader.window(window, self._sequence_length, out=row)
+            length = self.source.sequence_length + 1
+            tokens = np.empty((*samples.shape, length), dtype=np.int64)
+            self.source.prepare(sample)
+            self.source.read(samples.ravel(), tokens.reshape(-1, length))
             yield _Ready(sample, size, torch.from_numpy(tokens))
             sample += size
 

@@ -1,57 +1,39 @@
 """Which window of the corpus sample number i trains on: a pure function of (seed, i), in O(1) time and memory.
 
-Knows integers only: no files, no torch. An epoch is a keyed permutation of the windows, made by a Feistel network on
-Z_a x Z_b with a x b just above the number of windows, walking the few surplus points back in (Black & Rogaway 2002,
-"Ciphers with arbitrary finite domains"). Each epoch has its own keys. How samples are dealt to data ranks is here too,
-and never changes which sample is which.
+Knows integers only: no files, no torch. An epoch is a keyed permutation of the windows (`permutation.py`), with keys of
+its own. How samples are dealt to data ranks is here too, and never changes which sample is which. The other order, for
+corpora far away, is in `local_order.py`.
 """
-
-import hashlib
-import math
-from functools import lru_cache
 
 import numpy as np
 
+from gptdist.data.permutation import MAX_SIZE, KeyedPermutation
 from gptdist.errors import ConfigError
 
-MAX_WINDOWS = 1 << 60
-
-# 8 pass every test on corpora of 1,000 windows and more; very small ones need some more to reach all orders evenly.
-_ROUNDS = 12
-_MASK = (1 << 64) - 1
-# Multipliers and shifts of the splitmix64 finaliser (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
-# generators").
-_MULTIPLY_1 = 0xBF58476D1CE4E5B9
-_MULTIPLY_2 = 0x94D049BB133111EB
+MAX_WINDOWS = MAX_SIZE
 
 
 class WindowOrder:
-    """Sample number -> (epoch, window) for a corpus of `num_windows` windows."""
+    """Sample number -> (epoch, window) for a corpus of `num_windows` windows: any window may follow any."""
 
     def __init__(self, seed: int, num_windows: int) -> None:
         if not 1 <= num_windows <= MAX_WINDOWS:
             raise ValueError(f"num_windows is {num_windows}; an order needs 1 to {MAX_WINDOWS} windows")
         self.seed = seed
         self.num_windows = num_windows
-        self._left_size = math.isqrt(num_windows - 1) + 1
-        self._right_size = -(-num_windows // self._left_size)
 
     def window(self, sample: int) -> tuple[int, int]:
         """The epoch and the window of sample number `sample`, counted from 0."""
         if sample < 0:
             raise ValueError(f"sample is {sample}; samples count from 0")
         epoch, position = divmod(sample, self.num_windows)
-        keys = _round_keys(self.seed, epoch)
-        while True:
-            left, right = position % self._left_size, position // self._left_size
-            for index, key in enumerate(keys):
-                if index % 2:
-                    right = (right + _mix(left, key)) % self._right_size
-                else:
-                    left = (left + _mix(right, key)) % self._left_size
-            position = right * self._left_size + left
-            if position < self.num_windows:
-                return epoch, position
+        return epoch, self._epoch(epoch).at(position)
+
+    def sample(self, epoch: int, window: int) -> int:
+        """The sample number that trains on `window` in `epoch`: the inverse of `window`."""
+        if not 0 <= window < self.num_windows:
+            raise ValueError(f"window is {window}; there are {self.num_windows}")
+        return epoch * self.num_windows + self._epoch(epoch).position_of(window)
 
     def windows(self, first_sample: int, count: int) -> np.ndarray:
         """Windows of samples `first_sample` to `first_sample + count - 1`: int64 [count]."""
@@ -65,27 +47,11 @@ class WindowOrder:
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            windows[chosen] = self._permute(positions[chosen], _round_keys(self.seed, int(epoch)))
+            windows[chosen] = self._epoch(int(epoch)).of(positions[chosen])
         return windows
 
-    def _permute(self, positions: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
-        result = self._network(positions, keys)
-        outside = np.flatnonzero(result >= self.num_windows)
-        while outside.size:
-            result[outside] = self._network(result[outside], keys)
-            outside = outside[result[outside] >= self.num_windows]
-        return result
-
-    def _network(self, positions: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
-        left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
-        right, left = np.divmod(positions.astype(np.uint64), left_size)
-        for index, key in enumerate(keys):
-            # Reduced before the sum, which then stays far from 2^64; the scalar path gives the same by wider integers.
-            if index % 2:
-                right = (right + _mix_array(left, key) % right_size) % right_size
-            else:
-                left = (left + _mix_array(right, key) % left_size) % left_size
-        return (right * left_size + left).astype(np.int64)
+    def _epoch(self, epoch: int) -> KeyedPermutation:
+        return KeyedPermutation(f"gptdist window order: seed {self.seed}, epoch {epoch}", self.num_windows)
 
 
 def micro_batches(
@@ -107,24 +73,3 @@ def micro_batches(
         )
     turns = np.arange(global_batch_size // samples_at_once, dtype=np.int64)[:, None] * data_size + data_rank
     return first_sample + turns * micro_batch_size + np.arange(micro_batch_size, dtype=np.int64)
-
-
-@lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    names = (f"gptdist window order: seed {seed}, epoch {epoch}, round {index}" for index in range(_ROUNDS))
-    return tuple(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") for name in names)
-
-
-def _mix(value: int, key: int) -> int:
-    value = (value + key) & _MASK
-    value = ((value ^ (value >> 30)) * _MULTIPLY_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MULTIPLY_2) & _MASK
-    return value ^ (value >> 31)
-
-
-def _mix_array(values: np.ndarray, key: int) -> np.ndarray:
-    values = values + np.uint64(key)  # unsigned arrays wrap modulo 2^64, as meant
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLY_1)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLY_2)
-    mixed: np.ndarray = values ^ (values >> np.uint64(31))
-    return mixed

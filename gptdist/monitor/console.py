@@ -6,7 +6,8 @@ are pure; only `ConsoleSink` writes.
 Names: `train/loss` (nats per token), `train/learning_rate`, `train/grad_norm`, `train/skipped_steps` (in all),
 `train/loss_scale` (fp16), `speed/tokens_per_second`, `speed/model_flops` (per second, all devices), `speed/mfu`
 (0 to 1), `speed/eta_seconds`, `memory/bytes` (one device or process), `eval/loss`, `eval/perplexity`,
-`eval/bits_per_byte`.
+`eval/bits_per_byte`. Other sinks also get `data/epoch`, or `data/epoch/NAME` and `eval/loss/NAME` of each corpus of
+a blend.
 """
 
 import math
@@ -39,6 +40,17 @@ class ConsoleSink:
 
 
 @dataclass(frozen=True)
+class CorpusUse:
+    """A corpus in a run: its size, the share of the run's samples that come from it, and how often it is read."""
+
+    name: str
+    tokens: int
+    documents: int
+    share: float
+    epochs: float
+
+
+@dataclass(frozen=True)
 class RunHeader:
     """What is worth knowing before the first step. `devices`: `2 x cpu`; `resumed_from`: None for a fresh run."""
 
@@ -54,7 +66,7 @@ class RunHeader:
     resumed_from: str | None = None
     start_step: int = 0
     start_sample: int = 0
-    data: str | None = None
+    corpora: tuple[CorpusUse, ...] = ()
 
 
 def render_run_header(header: RunHeader) -> str:
@@ -70,12 +82,18 @@ def render_run_header(header: RunHeader) -> str:
     rows = {
         "model": f"{render_count(header.parameters)} parameters ({header.parameters:,})",
         "layout": f"{header.layout}, on {header.devices}, {header.precision}",
-        "data": header.data,
+        "data": "\n        ".join(render_corpus_use(use, len(header.corpora)) for use in header.corpora) or None,
         "batch": f"{header.global_batch_size:,} x {header.sequence_length:,} = {tokens_per_step}; {total}",
         "run": header.run_dir,
         "start": start,
     }
     return "\n".join(f"{label:<8}{value}" for label, value in rows.items() if value is not None)
+
+
+def render_corpus_use(use: CorpusUse, corpora: int) -> str:
+    """`data/a: 1,234 tokens in 56 documents, 70 % of the samples, 0.31 epochs`; one corpus alone has no share."""
+    share = f", {100 * use.share:.3g} % of the samples" if corpora > 1 else ""
+    return f"{use.name}: {use.tokens:,} tokens in {use.documents:,} documents{share}, {use.epochs:.3g} epochs"
 
 
 def render_step(step: int, steps: int, values: Mapping[str, float]) -> str:

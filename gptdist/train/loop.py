@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptdist.config.sections import CheckpointConfig, MonitorConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from gptdist.data.corpora import short_names
 from gptdist.data.loader import BatchLoader
+from gptdist.data.samples import SampleSource
 from gptdist.engine.engine import StepReport, TrainEngine
 from gptdist.monitor.sinks import Sinks
 from gptdist.monitor.throughput import Throughput, memory_bytes
@@ -35,7 +37,7 @@ class Actions:
     """What the loop does between steps; each is called by all ranks. None: the run has no such thing."""
 
     save: Callable[[Progress], Path]
-    evaluate: Callable[[], Mapping[str, float]] | None
+    evaluate: Callable[[Progress], Mapping[str, float]] | None
     sample: Callable[[], str] | None
 
 
@@ -120,6 +122,7 @@ class TrainLoop:
             "train/samples": float(progress.samples),
             "memory/bytes": float(memory_bytes(self.engine.network.device.type)),
             **self.throughput.interval(remaining),
+            **epoch_values(self.loader.source, progress.samples),
         }
         if self._skips.total:
             values["train/skipped_steps"] = float(self._skips.total)
@@ -138,7 +141,7 @@ class TrainLoop:
 
     def _evaluate(self) -> None:
         if self.actions.evaluate:
-            self.sinks.log(self.progress.step, self.actions.evaluate())
+            self.sinks.log(self.progress.step, self.actions.evaluate(self.progress))
 
     def _save(self) -> None:
         if self._saved_step != self.progress.step:
@@ -152,6 +155,15 @@ class TrainLoop:
 
     def _batch_size_at(self, sample: int) -> int:
         return batch_size_at(sample, self.sections.train, self.sections.schedule)
+
+
+def epoch_values(source: SampleSource, samples: int) -> dict[str, float]:
+    """`data/epoch`: how often the corpus has been read through; of a blend, `data/epoch/NAME` of each."""
+    epochs = source.epochs(samples)
+    if len(epochs) == 1:
+        return {"data/epoch": next(iter(epochs.values()))}
+    names = short_names(source.blend.corpora)
+    return {f"data/epoch/{names[name]}": value for name, value in epochs.items()}
 
 
 def _due(step: int, interval: int) -> bool:

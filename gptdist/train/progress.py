@@ -5,12 +5,14 @@ Does not read or write files.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import ModelConfig, RunConfig
+from gptdist.data.corpora import blend_phases
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError
 from gptdist.model.parameters import logical_shapes
@@ -30,7 +32,7 @@ class Progress:
 
 
 def run_state(
-    progress: Progress, config: RunConfig, layout: str, manifest: Manifest, engine: dict[str, Any]
+    progress: Progress, config: RunConfig, layout: str, manifests: Mapping[str, Manifest], engine: dict[str, Any]
 ) -> dict[str, Any]:
     """The JSON that stands in a checkpoint's manifest. Random state is a key (train.seed, step), so the seed is all of
     it."""
@@ -40,7 +42,7 @@ def run_state(
         "layout": layout,
         "engine": engine,
         "random": {"seed": config.train.seed, "step": progress.step},
-        "data": data_identity(config, manifest),
+        "data": data_identity(config, manifests),
         "config": resolved_dict(config),
         "versions": {name: _version(name) for name in RECORDED_PACKAGES},
     }
@@ -51,15 +53,30 @@ def restored_progress(state: dict[str, Any]) -> Progress:
     return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
 
 
-def data_identity(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
-    """What, with a sample number, fixes a training window: nothing in it may change while samples are counted on."""
-    train = manifest.split("train")
-    return {
-        "tokenizer": manifest.tokenizer.sha256,
-        "index": train.index.sha256,
-        "seed": config.data.seed,
+def data_identity(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """What, with a sample number, fixes a training window: nothing in it may change while samples are counted on,
+    except phases that have not begun. Corpora are what their index is, wherever they lie.
+    """
+    data = config.data
+    identity: dict[str, Any] = {
+        "tokenizer": next(iter(manifests.values())).tokenizer.sha256,
+        "seed": data.seed,
         "sequence_length": config.model.sequence_length,
+        "shuffle": data.shuffle,
     }
+    if data.shuffle == "local":
+        identity |= {"shuffle_blocks": data.shuffle_blocks, "shuffle_block_tokens": data.shuffle_block_tokens}
+    identity["phases"] = [
+        {
+            "from_sample": phase.from_sample,
+            "blend": [
+                {"corpus": name, "index": manifests[name].split("train").index.sha256, "weight": weight}
+                for name, weight in phase.weights
+            ],
+        }
+        for phase in blend_phases(data)
+    ]
+    return identity
 
 
 def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, where: str) -> None:
@@ -88,21 +105,61 @@ def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, whe
 
 _WHAT = {
     "tokenizer": "its tokenizer is not the corpus's",
-    "index": "it was trained on another corpus",
     "seed": "data.seed was another",
     "sequence_length": "model.sequence_length was another",
+    "shuffle": "data.shuffle was another",
+    "shuffle_blocks": "data.shuffle_blocks was another",
+    "shuffle_block_tokens": "data.shuffle_block_tokens was another",
 }
 
 
-def check_same_data(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raises CheckpointError where going on would repeat or leave out samples, or read ids by another tokenizer."""
+def check_same_data(saved: dict[str, Any], current: dict[str, Any], samples: int, where: str) -> None:
+    """Raises CheckpointError where going on after `samples` samples would repeat or leave out some, or read ids by
+    another tokenizer. Phases that begin at `samples` or later may be any.
+    """
     for key, what in _WHAT.items():
-        if saved.get(key) != current[key]:
+        if saved.get(key) != current.get(key):
             raise CheckpointError(
-                f"{where} cannot be resumed with this data: {what} ({saved.get(key)!r} then, {current[key]!r} now), so "
-                "its count of samples means other text. Set it back, or start anew with --fresh or another "
+                f"{where} cannot be resumed with this data: {what} ({saved.get(key)!r} then, {current.get(key)!r} "
+                "now), so its count of samples means other text. Set it back, or start anew with --fresh or another "
                 "launch.run_dir."
             )
+    before, now = (_phases_before(identity, samples) for identity in (saved, current))
+    for number in range(max(len(before), len(now))):
+        then = before[number] if number < len(before) else None
+        today = now[number] if number < len(now) else None
+        if _phase_key(then) != _phase_key(today):
+            raise CheckpointError(
+                f"{where} cannot be resumed with this data: it was trained on {_what_else(then, today)} ("
+                f"{_render_phase(then)}; the config now says {_render_phase(today)}), so its count of {samples:,} "
+                "samples means other text. What was consumed cannot be changed; to go on with another blend, leave the "
+                f"earlier phases as they were and add a phase to data.phases with from_sample: {samples}. Or start "
+                "anew with --fresh or another launch.run_dir."
+            )
+
+
+def _phases_before(identity: dict[str, Any], samples: int) -> list[dict[str, Any]]:
+    return [phase for phase in identity["phases"] if phase["from_sample"] < samples]
+
+
+def _phase_key(phase: dict[str, Any] | None) -> object:
+    """What must be the same: not the corpora's names, which change when folders move."""
+    return phase and (phase["from_sample"], [(part["index"], part["weight"]) for part in phase["blend"]])
+
+
+def _what_else(then: dict[str, Any] | None, today: dict[str, Any] | None) -> str:
+    if then is None or today is None or then["from_sample"] != today["from_sample"]:
+        return "other phases"
+    same = [part["index"] for part in then["blend"]] == [part["index"] for part in today["blend"]]
+    return "other weights" if same else "another corpus"
+
+
+def _render_phase(phase: dict[str, Any] | None) -> str:
+    """`data/a (weight 7, index 0123456789ab) and ... from sample 0 on`."""
+    if phase is None:
+        return "no such phase"
+    parts = (f"{part['corpus']} (weight {part['weight']}, index {part['index'][:12]})" for part in phase["blend"])
+    return f"{' and '.join(parts)} from sample {phase['from_sample']:,} on"
 
 
 def _version(package: str) -> str | None:

@@ -47,6 +47,9 @@ def install(monkeypatch: pytest.MonkeyPatch, command: str, handler: Any) -> None
         (["data", "build", "a.txt", "--out", "d"], "required: --tokenizer"),
         (["data", "build", "a.txt", "--out", "d", "--tokenizer", "bytes", "--max-bytes", "lots"], "50MB"),
         (["generate", "run", "--temperature", "-1"], "at least 0"),
+        (["data", "order", RUN], "--step --document --check is required"),
+        (["data", "order", RUN, "--step", "1", "--check"], "not allowed with"),
+        (["data", "order", RUN, "--check", "--epoch", "-1"], "at least 0"),
         (["generate", "run", "extra"], "does not know extra"),
     ],
 )
@@ -76,6 +79,8 @@ def test_every_command_has_a_handler() -> None:
         ["data", "build", "a", "--out", "b", "--tokenizer", "bytes"],
         ["data", "verify", "a"],
         ["data", "show", "a"],
+        ["data", "order", RUN, "--step", "3", "train.steps=4"],
+        ["data", "order", RUN, "train.steps=4", "--check", "--epoch", "0"],
         ["generate", "run", "--prompt", "x", "--prompt", "y", "--top-k", "5"],
         ["eval", "run", "--corpus", "c", "--samples", "3"],
         ["ckpt", "list", "run"],

@@ -20,12 +20,49 @@ def run_config(**settings: Any) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
+def parts(**weights: float) -> list[dict[str, Any]]:
+    """Parts of a blend."""
+    return [{"corpus": name, "weight": weight} for name, weight in weights.items()]
+
+
+BLEND = {"data__corpus": None, "data__blend": parts(a=1, b=2)}
 RAMP = {"start": 4, "increment": 2, "samples": 100}
 
 
 @pytest.mark.parametrize(
     ("settings", "world_size", "expected"),
     [
+        ({"data__blend": parts(a=1)}, 1, "data.corpus (x) and data.blend are both set"),
+        ({"data__corpus": None}, 1, "data.corpus is not set. Set it to a corpus, or data.blend to several"),
+        ({"data__corpus": None, "data__blend": []}, 1, "data.blend is empty. Name at least one corpus"),
+        (
+            BLEND | {"data__phases": [{"from_sample": 5, "blend": []}]},
+            1,
+            "data.phases[0].blend is empty.",
+        ),
+        (
+            {"data__corpus": None, "data__blend": [*parts(a=1, b=1), *parts(a=2)]},
+            1,
+            "data.blend[2].corpus names a a second time; the first is data.blend[0].corpus.",
+        ),
+        (
+            {"data__corpus": None, "data__blend": parts(a=0.123457, b=0.876543)},
+            1,
+            "(0.123457, 0.876543) repeat only after 1,000,000 samples, the sum of the smallest whole numbers in their "
+            "proportions; it can be at most 65,536. Use rounder ones: 247, 1753.",
+        ),
+        (
+            {"data__phases": [{"from_sample": 5, "blend": parts(b=1)}]},
+            1,
+            "Write the corpus of the first phase as a blend: data.blend: [{corpus: x, weight: 1}].",
+        ),
+        (
+            BLEND | {"data__phases": [{"from_sample": at, "blend": parts(b=1)} for at in (9, 9)]},
+            1,
+            "data.phases[1].from_sample (9) is not above that of the phase before it (9).",
+        ),
+        ({"data__shuffle_blocks": 4}, 1, "data.shuffle_blocks (4) is about blocks, and data.shuffle is global"),
+        ({"data__shuffle_block_tokens": 9}, 1, "data.shuffle_block_tokens (9) is about blocks"),
         ({"parallel__tensor": 4, "parallel__pipeline": 2}, 12, "does not divide the world size 12. Use 8 or 16 ranks"),
         ({"parallel__tensor": 4}, 2, "= 4 does not divide the world size 2. Use 4 ranks"),
         (

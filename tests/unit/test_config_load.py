@@ -290,3 +290,62 @@ def _leaf_keys(resolved: dict, above: str = "") -> list[str]:
     for key, value in resolved.items():
         keys += _leaf_keys(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}"]
     return keys
+
+
+BLEND = """data:
+  blend:
+    - corpus: data/a
+      weight: 0.7
+    - {corpus: data/b, weight: 1e-1}
+  phases:
+    - from_sample: 1_000
+      blend:
+        - {corpus: data/a, weight: 1}
+"""
+
+
+def test_blends_keep_their_lines_and_print_as_they_load(write) -> None:
+    path = write(BLEND)
+    loaded = load_run(path)
+    blend, phases = loaded.config.data.blend, loaded.config.data.phases
+    assert blend is not None
+    assert [(part.corpus, part.weight) for part in blend] == [("data/a", 0.7), ("data/b", 0.1)]
+    assert (phases[0].from_sample, phases[0].blend[0].weight) == (1000, 1.0)
+    assert loaded.origins["data.blend"] == f"{path}:2"
+    assert loaded.origins["data.blend[1].weight"] == f"{path}:5"
+    assert loaded.origins["data.phases[0].blend[0].corpus"] == f"{path}:9"
+    printed = render_config(loaded)
+    assert "    - corpus: data/a" in printed and f"# {path}:9" in printed
+    assert load_run(write(printed, "printed.yaml")).config == loaded.config
+    assert RunConfig.model_validate(resolved_dict(loaded.config)) == loaded.config
+
+
+def test_blends_are_replaced_whole(write) -> None:
+    path = write(BLEND)
+    blend = load_run(path, ["data.blend=[{corpus: x, weight: 2}]", "data.phases=[]"]).config.data.blend
+    assert blend is not None and [part.corpus for part in blend] == ["x"]
+    one = load_run(path, ["data.blend=null", "data.phases=[]", "data.corpus=y"]).config.data
+    assert (one.blend, one.phases, one.corpus) == (None, (), "y")
+    message = error_of(path, "data.blend.0.weight=3", "data.phases.0.from_sample=9", "data.blend.corpus=x")
+    assert "data.blend.0.weight is inside a list, which is given whole: data.blend=[{...}, {...}]." in message
+    assert "data.phases.0.from_sample is inside a list" in message
+    assert "data.blend is one value: write data.blend=VALUE." in message
+
+
+def test_mistakes_in_lists_have_their_line(write) -> None:
+    path = write(
+        "data:\n  blend:\n    - corpus: a\n      weight: -1\n    - corpsu: b\n      weight: 2\n    - 7\n"
+        "  phases: x\ntrain: {steps: [1, 2]}\n"
+    )
+    message = error_of(path)
+    for part in (
+        f"data.blend[0].weight is -1; it must be more than 0.0.  [{path}:4]",
+        f"data.blend[1].corpsu is not a setting. Did you mean data.blend[1].corpus?  [{path}:5]",
+        "data.blend[1].corpus is not set and has no default (Folder or URL of the corpus). Add it.",
+        f"data.blend[2] is a section and was given 7. Put its keys on lines of their own under it: corpus, weight.  "
+        f"[{path}:7]",
+        f"data.phases is x; it must be a list.  [{path}:8]",
+        f"train.steps is [1, 2]; it must be a whole number. The default is 1000.  [{path}:9]",
+    ):
+        assert part in message, message
+    assert "data.corpus is not set" not in message

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from data_tools.build import build_corpus
 from gptdist.data import reader as reader_module
+from gptdist.data.blend import BlendOrder, Phase
 from gptdist.data.chunk_index import ChunkIndex, ChunkRecord, index_bytes, render_index
 from gptdist.data.loader import BatchLoader, LoadedBatch, held_out_batches
 from gptdist.data.manifest import Manifest
 from gptdist.data.order import WindowOrder, micro_batches
 from gptdist.data.reader import TokenReader
+from gptdist.data.samples import SampleSource
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import ConfigError, CorpusError
 
@@ -183,8 +185,12 @@ def test_no_flipped_bit_of_an_index_changes_a_window_silently(corpus: Path, stre
 
 
 def make_loader(reader: TokenReader, micro: int, data_rank: int, data_size: int, prefetch: int = 2) -> BatchLoader:
+    return BatchLoader(source_of(reader), micro, data_rank, data_size, prefetch)
+
+
+def source_of(reader: TokenReader) -> SampleSource:
     order = WindowOrder(77, reader.num_windows(CONTEXT))
-    return BatchLoader(reader, order, CONTEXT, micro, data_rank, data_size, prefetch)
+    return SampleSource({"c": reader}, {"c": order}, BlendOrder([Phase(0, (("c", 1),))]), CONTEXT)
 
 
 def ramp(consumed: int) -> int:
@@ -262,9 +268,9 @@ def test_errors_in_the_thread_are_raised_in_next(corpus: Path, tmp_path: Path) -
 def test_a_loader_that_cannot_be_right_is_refused(reader: TokenReader) -> None:
     order = WindowOrder(0, reader.num_windows(CONTEXT))
     with pytest.raises(ValueError, match="data_rank 2 is not one of 2"):
-        BatchLoader(reader, order, CONTEXT, 1, 2, 2)
+        BatchLoader(source_of(reader), 1, 2, 2)
     with pytest.raises(ValueError, match="the order is over"):
-        BatchLoader(reader, order, CONTEXT + 1, 1, 0, 1)
+        SampleSource({"c": reader}, {"c": order}, BlendOrder([Phase(0, (("c", 1),))]), CONTEXT + 1)
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5))

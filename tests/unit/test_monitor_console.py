@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gptdist.monitor.console import (
     ConsoleSink,
+    CorpusUse,
     RunHeader,
     render_bytes,
     render_count,
@@ -96,7 +97,7 @@ HEADER = RunHeader(
     steps=600,
     total_samples=9600,
     run_dir="runs/quickstart",
-    data="runs/quickstart/corpus, 2.10M tokens",
+    corpora=(CorpusUse("corpora/a", 2_100_000, 1234, 0.75, 0.3125), CorpusUse("corpora/b", 99, 1, 0.25, 2.5)),
 )
 
 
@@ -104,7 +105,8 @@ def test_the_header_of_a_fresh_run() -> None:
     assert render_run_header(HEADER) == (
         "model   4.32M parameters (4,321,024)\n"
         "layout  DP 2 x TP 1 x PP 1, ZeRO 1, on 2 x cpu, fp32\n"
-        "data    runs/quickstart/corpus, 2.10M tokens\n"
+        "data    corpora/a: 2,100,000 tokens in 1,234 documents, 75 % of the samples, 0.312 epochs\n"
+        "        corpora/b: 99 tokens in 1 documents, 25 % of the samples, 2.5 epochs\n"
         "batch   16 x 256 = 4,096 tokens a step; 600 steps, 2.46M tokens in all\n"
         "run     runs/quickstart\n"
         "start   fresh, from step 0"

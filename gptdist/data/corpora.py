@@ -1,0 +1,99 @@
+"""The corpora that a run's `data` section names: opened, checked against each other, and put into their order.
+
+Knows the section and the readers; nothing of torch, ranks or steps. The one place that makes readers for a run.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from gptdist.config.sections import BlendPart, DataConfig
+from gptdist.config.weights import whole_weights
+from gptdist.data.blend import BlendOrder, Phase
+from gptdist.data.local_order import LocalOrder
+from gptdist.data.manifest import Manifest
+from gptdist.data.order import WindowOrder
+from gptdist.data.reader import TokenReader
+from gptdist.data.samples import SampleSource, ShuffleOrder
+from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.errors import ConfigError, CorpusError
+
+
+def open_corpora(data: DataConfig, split: str) -> dict[str, TokenReader]:
+    """A reader of `split` of each corpus, by its name in the config; corpora without that split are left out, unless
+    it is `train`.
+
+    Raises CorpusError where one cannot be read, has another tokenizer, or is there by two names.
+    """
+    readers = {}
+    for name in corpus_names(data):
+        if split == "train" or split in Manifest.load(Path(name)).splits:
+            readers[name] = TokenReader(Path(name), split, data.verify)
+    _check_alike(readers)
+    return readers
+
+
+def open_tokenizer(readers: Mapping[str, TokenReader]) -> CorpusTokenizer:
+    """The tokenizer of corpora that `open_corpora` opened."""
+    return CorpusTokenizer.load(next(iter(readers.values())).corpus_dir)
+
+
+def corpus_names(data: DataConfig) -> tuple[str, ...]:
+    """Every corpus of the section, as it is named there, in the order of first mention."""
+    return BlendOrder(blend_phases(data)).corpora
+
+
+def blend_phases(data: DataConfig) -> tuple[Phase, ...]:
+    """The section's blends with whole weights; one corpus is a blend of one."""
+    if data.corpus is not None:
+        return (Phase(0, ((data.corpus, 1),)),)
+    if data.blend is None:
+        raise ConfigError("data.corpus is not set. Set it to a corpus, or data.blend to several.")
+    return (_phase(0, data.blend), *(_phase(phase.from_sample, phase.blend) for phase in data.phases))
+
+
+def build_source(data: DataConfig, readers: Mapping[str, TokenReader], sequence_length: int) -> SampleSource:
+    """The samples of a run over the readers of its training split."""
+    orders = {name: build_order(data, reader, sequence_length) for name, reader in readers.items()}
+    return SampleSource(readers, orders, BlendOrder(blend_phases(data)), sequence_length)
+
+
+def build_order(data: DataConfig, reader: TokenReader, sequence_length: int) -> ShuffleOrder:
+    """The order in which a corpus's windows come."""
+    num_windows = reader.num_windows(sequence_length)
+    if data.shuffle == "global":
+        return WindowOrder(data.seed, num_windows)
+    shards = max(1, len(reader.manifest.split(reader.split).shards))
+    block_tokens = data.shuffle_block_tokens or reader.num_tokens // shards
+    return LocalOrder(data.seed, num_windows, max(1, block_tokens // sequence_length), data.shuffle_blocks)
+
+
+def short_names(names: tuple[str, ...]) -> dict[str, str]:
+    """What to call corpora in names of metrics: the last part of the path where that tells them apart."""
+    last = {name: PurePosixPath(name).name or name for name in names}
+    unique = len(set(last.values())) == len(names)
+    return last if unique else {name: name for name in names}
+
+
+def _phase(from_sample: int, blend: tuple[BlendPart, ...]) -> Phase:
+    weights = whole_weights([part.weight for part in blend])
+    return Phase(from_sample, tuple((part.corpus, weight) for part, weight in zip(blend, weights, strict=True)))
+
+
+def _check_alike(readers: Mapping[str, TokenReader]) -> None:
+    """One tokenizer for all, and no corpus by two names: its samples would be counted twice, and so repeat."""
+    first = next(iter(readers), "")
+    seen: dict[str, str] = {}
+    for name, reader in readers.items():
+        own, other = reader.manifest.tokenizer.sha256, readers[first].manifest.tokenizer.sha256
+        if own != other:
+            raise CorpusError(
+                f"{first} and {name} were built with different tokenizers (sha256 {other[:12]}... and {own[:12]}...); "
+                f"a run needs one. Build one of them again with --tokenizer and the other's tokenizer.json."
+            )
+        index = reader.manifest.split("train").index.sha256
+        if index in seen:
+            raise CorpusError(
+                f"{seen[index]} and {name} are the same corpus, so its text would come twice. Name it by one of them, "
+                "with their weights added up."
+            )
+        seen[index] = name

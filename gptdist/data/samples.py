@@ -1,0 +1,108 @@
+"""Sample numbers -> rows of tokens: where readers, their orders and the blend meet.
+
+Knows which window of which corpus a sample is, the same on every rank; does not know ranks, batches or torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptdist.data.blend import BlendOrder
+from gptdist.data.local_order import LocalOrder
+from gptdist.data.order import WindowOrder
+from gptdist.data.reader import TokenReader
+
+ShuffleOrder = WindowOrder | LocalOrder
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a sample trains on: `window` of corpus `corpus`, in pass `epoch` over it, counted from 0."""
+
+    corpus: str
+    epoch: int
+    window: int
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    reader: TokenReader
+    order: ShuffleOrder
+
+
+class SampleSource:
+    """The samples of a run. `readers` and `orders` have an entry for each corpus of the blend, by its name."""
+
+    def __init__(
+        self,
+        readers: Mapping[str, TokenReader],
+        orders: Mapping[str, ShuffleOrder],
+        blend: BlendOrder,
+        sequence_length: int,
+    ) -> None:
+        self.blend = blend
+        self.sequence_length = sequence_length
+        self.orders = {name: orders[name] for name in blend.corpora}
+        self._corpora = [_Corpus(readers[name], orders[name]) for name in blend.corpora]
+        for corpus in self._corpora:
+            windows = corpus.reader.num_windows(sequence_length)
+            if corpus.order.num_windows != windows:
+                raise ValueError(f"the order is over {corpus.order.num_windows} windows, the reader has {windows}")
+        # By corpus: the samples (of that corpus) whose windows, and those of the next buffer, were asked for.
+        self._asked_ahead = [range(0)] * len(self._corpora)
+
+    def read(self, samples: np.ndarray, rows: np.ndarray) -> None:
+        """Write the tokens of `samples` [count] into `rows`, int64 [count, sequence_length + 1]."""
+        length = self.sequence_length
+        if len(self._corpora) == 1:
+            corpus = self._corpora[0]
+            for row, window in zip(rows, corpus.order.windows_of(samples).tolist(), strict=True):
+                corpus.reader.window(window, length, out=row)
+            return
+        numbers, positions = self.blend.of(samples)
+        for number in np.unique(numbers).tolist():
+            corpus = self._corpora[number]
+            own = np.flatnonzero(numbers == number)
+            for row, window in zip(own.tolist(), corpus.order.windows_of(positions[own]).tolist(), strict=True):
+                corpus.reader.window(window, length, out=rows[row])
+
+    def place(self, sample: int) -> Place:
+        """What sample number `sample` trains on."""
+        number, position = self.blend.at(sample)
+        return Place(self.blend.corpora[number], *self._corpora[number].order.window(position))
+
+    def sample(self, place: Place) -> int | None:
+        """The sample number that trains on `place`; None where no phase of the blend gets that far."""
+        number = self.blend.corpora.index(place.corpus)
+        return self.blend.sample(number, self._corpora[number].order.sample(place.epoch, place.window))
+
+    def prepare(self, sample: int) -> None:
+        """Ask readers that fetch ahead for what is needed from sample number `sample` on: the buffer that each corpus
+        of the phase is in, and the next. Returns at once; costs nothing where there is no such reader.
+        """
+        counts: Sequence[int] | None = None
+        for number, corpus in enumerate(self._corpora):
+            if not isinstance(corpus.order, LocalOrder) or not getattr(corpus.reader, "wants_ahead", False):
+                continue
+            counts = counts or self.blend.counts(sample)
+            if counts[number] in self._asked_ahead[number]:
+                continue
+            if not self.blend.phase_at(sample).share(self.blend.corpora[number]):
+                continue
+            buffer = corpus.order.buffer_of(counts[number])
+            following = corpus.order.buffer_of(buffer.stop_sample)
+            length = self.sequence_length
+            ranges = [
+                (start * length, stop * length + 1) for start, stop in (*buffer.window_ranges, *following.window_ranges)
+            ]
+            corpus.reader.fetch_ahead(ranges)  # type: ignore[attr-defined]
+            self._asked_ahead[number] = range(buffer.first_sample, buffer.stop_sample)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each corpus has been read through once `samples` samples are consumed."""
+        counts = self.blend.counts(samples)
+        return {
+            name: count / corpus.order.num_windows
+            for name, count, corpus in zip(self.blend.corpora, counts, self._corpora, strict=True)
+        }
