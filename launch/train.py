@@ -117,7 +117,8 @@ def checkpoints_dir(config: RunConfig) -> Path:
 
 def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool) -> int:
     config = loaded.config
-    engine = TrainEngine(config.model, config.optimizer, config.parallel, config.train, layout, world)
+    end_of_text = data.tokenizer.end_of_text if config.data.mask_documents else None
+    engine = TrainEngine(config.model, config.optimizer, config.parallel, config.train, layout, world, end_of_text)
     try:
         progress, resumed_from = _take_up(config, engine, comms, data, fresh)
         done = progress.step >= config.train.steps

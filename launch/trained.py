@@ -50,7 +50,8 @@ def open_trained(path: Path) -> Iterator[Trained]:
         # A CPU computes 16-bit matrices slowly and the weights are kept in fp32 anyway.
         train = config.train if on_gpu else config.train.model_copy(update={"precision": "fp32"})
         try:
-            engine = InferenceEngine(config.model, train, Layout(), World())
+            end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
+            engine = InferenceEngine(config.model, train, Layout(), World(), end_of_text)
             try:
                 engine.load_weights(checkpoint)
                 yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)

@@ -87,7 +87,9 @@ class DataConfig(Section):
     shuffle_block_tokens: PositiveInt | None = Field(
         None, description="Local shuffle: tokens of a block; null: those of a mean shard."
     )
-    mask_documents: bool = Field(False, description="Attention and positions stop at the ends of documents.")
+    mask_documents: bool = Field(
+        False, description="Attention and positions stop at the ends of documents; the loss counts every token."
+    )
     prefetch: PositiveInt = Field(4, description="Global batches read ahead.")
     verify: bool = Field(True, description="Check each chunk of a shard against its digest the first time it is read.")
     cache_dir: str | None = Field(

@@ -46,13 +46,18 @@ class Evaluation:
 
 
 class InferenceEngine:
-    """A network with weights and no optimizer: evaluation and logits, under any layout."""
+    """A network with weights and no optimizer: evaluation and logits, under any layout.
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, layout: Layout, world: World) -> None:
+    `end_of_text`: the id that ends documents, where attention and positions are to stop; None: they do not.
+    """
+
+    def __init__(
+        self, model: ModelConfig, train: TrainConfig, layout: Layout, world: World, end_of_text: int | None = None
+    ) -> None:
         self.model = model
         self.layout = layout
         self.groups: Groups = build_groups(layout, world)
-        self.network = Network(model, train, self.groups)
+        self.network = Network(model, train, self.groups, end_of_text)
 
     @torch.no_grad()
     def load_weights(self, source: StateSource) -> None:
@@ -114,8 +119,9 @@ class TrainEngine(InferenceEngine):
         train: TrainConfig,
         layout: Layout,
         world: World,
+        end_of_text: int | None = None,
     ) -> None:
-        super().__init__(model, train, layout, world)
+        super().__init__(model, train, layout, world, end_of_text)
         self.seed = train.seed
         self.zero = ZeroOptimizer(self.network, optimizer, parallel, train, world.local_rank)
 

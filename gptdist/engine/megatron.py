@@ -41,9 +41,12 @@ from gptdist.engine.groups import Groups
 from gptdist.engine.placement import logical_name, padded_vocab_size, pieces_of, split_dimension
 from gptdist.layout import Layout
 from gptdist.model.attention import CausalAttention
+from gptdist.model.documents import document_lengths, positions_in_documents
 from gptdist.model.initial import keyed_seed
 from gptdist.model.norm import LayerNorm, RMSNorm
 from gptdist.world import World
+
+_Batch = tuple[Tensor, Tensor, Tensor | None]  # tokens, positions, document lengths
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,9 +97,11 @@ class LocalParameter:
 class Network:
     """This rank's part of the GPT: one or more chunks of layers, with embedding and output where they belong."""
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, groups: Groups) -> None:
+    def __init__(self, model: ModelConfig, train: TrainConfig, groups: Groups, end_of_text: int | None = None) -> None:
+        """`end_of_text`: the id that ends documents, where attention and positions are to stop; None: they do not."""
         self.model = model
         self.groups = groups
+        self.end_of_text = end_of_text
         self.device = torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         self.dtype = DTYPES[train.precision]
         self.config = _transformer_config(model, train, groups.layout)
@@ -148,9 +153,8 @@ class Network:
         """
         self.chunks.train()
         (chunk,) = self.chunks
-        for tokens in micro_batches.to(self.device, non_blocking=True):
-            positions = torch.arange(tokens.shape[1] - 1, device=self.device).expand(tokens.shape[0], -1)
-            output = chunk(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+        for tokens, positions, lengths in self._batches(micro_batches, micro_batches.shape[2] - 1):
+            output = chunk(tokens[:, :-1], positions, lengths, labels=tokens[:, 1:].contiguous())
             yield _training_loss(output)[0] / len(micro_batches)
 
     @torch.no_grad()
@@ -174,7 +178,8 @@ class Network:
         length = tokens.shape[1]
         fixed = self.model.sequence_length if self.groups.layout.pipeline > 1 else length
         multiple = self.groups.layout.tensor if self.groups.layout.sequence_parallel else 1
-        padded = F.pad(tokens, (0, -(-max(fixed, length) // multiple) * multiple - length))
+        filling = int(self.end_of_text == 0)  # any id but that one, which would make each a document
+        padded = F.pad(tokens, (0, -(-max(fixed, length) // multiple) * multiple - length), value=filling)
         outputs = self._run(padded.unsqueeze(0), None, forward_only=True)
         if not outputs:
             return torch.empty(0, device=self.device)
@@ -186,15 +191,15 @@ class Network:
         """Through Megatron's schedule. `loss` None: collect logits, and micro_batches have no labels."""
         count, size, length = micro_batches.shape
         layout = self.groups.layout
-        batches = micro_batches.to(self.device, non_blocking=True)
-        positions = torch.arange(length, device=self.device).expand(size, length)
+        inputs = length if loss is None else length - 1
+        batches = self._batches(micro_batches, inputs)
 
-        def step(iterator: Iterator[Tensor], chunk: GPTModel) -> tuple[Tensor, Callable]:
-            tokens = next(iterator)
+        def step(iterator: Iterator[_Batch], chunk: GPTModel) -> tuple[Tensor, Callable]:
+            tokens, positions, lengths = next(iterator)
             if loss is None:
-                output = chunk(tokens, positions, None, runtime_gather_output=True)
+                output = chunk(tokens, positions, lengths, runtime_gather_output=True)
                 return output, lambda output, non_loss_data=True: output
-            output = chunk(tokens[:, :-1], positions[:, :-1], None, labels=tokens[:, 1:].contiguous())
+            output = chunk(tokens[:, :-1], positions, lengths, labels=tokens[:, 1:].contiguous())
             return output, loss
 
         chunks = list(self.chunks)
@@ -205,11 +210,27 @@ class Network:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=count,
-            seq_length=length if loss is None else length - 1,
+            seq_length=inputs,
             micro_batch_size=size,
             forward_only=forward_only,
             collect_non_loss_data=loss is None,
         )
+
+    def _batches(self, micro_batches: Tensor, inputs: int) -> list[_Batch]:
+        """Each micro-batch's tokens, and the positions and document lengths of its first `inputs` columns.
+
+        The lengths go where Megatron's layers pass a mask on, to our attention. They stay on the CPU, which needs them
+        to know what to start, and are read off the tokens before those leave it.
+        """
+        count, size, _ = micro_batches.shape
+        tokens = micro_batches.to(self.device, non_blocking=True)
+        if self.end_of_text is None:
+            positions = torch.arange(inputs, device=self.device).expand(count, size, -1)
+            return [(batch, place, None) for batch, place in zip(tokens, positions, strict=True)]
+        read = micro_batches[..., :inputs].cpu()
+        positions = positions_in_documents(read, self.end_of_text).to(self.device, non_blocking=True)
+        lengths = [document_lengths(batch, self.end_of_text) for batch in read]
+        return list(zip(tokens, positions, lengths, strict=True))
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Set every random stream from (seed, step) and this rank's place, so that no random state need be saved.

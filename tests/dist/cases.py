@@ -24,6 +24,7 @@ from gptdist.model.parameters import logical_shapes
 from gptdist.world import World
 
 END_OF_DOCUMENT = 256
+NEWLINE = ord("\n")  # taken for the end of documents, it makes a line of text one: a few in every window
 VOCAB_SIZE = 259  # 256 bytes, the end of a document and two ids never seen: no tensor parallelism divides it
 LEARNING_RATE = 1e-3
 _SOURCES = ("argparse.py", "ast.py", "bisect.py", "calendar.py", "copy.py", "csv.py", "dis.py", "enum.py", "heapq.py")
@@ -49,13 +50,17 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One engine: what it trains and how it is spread. `train` fields are small unless said."""
+    """One engine: what it trains and how it is spread. `train` fields are small unless said.
+
+    `end_of_text`: where attention and positions stop; None: nowhere.
+    """
 
     model: ModelConfig
     world_size: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    end_of_text: int | None = None
 
     @property
     def parallel_config(self) -> ParallelConfig:
@@ -84,7 +89,8 @@ def engine_of(case: Case, world: World) -> Iterator[TrainEngine]:
     optimizer = OptimizerConfig(
         **{"learning_rate": LEARNING_RATE, "weight_decay": 0.1, "clip_norm": 1.0, **case.optimizer}
     )
-    engine = TrainEngine(case.model, optimizer, case.parallel_config, case.train_config, case.layout, world)
+    sections = (case.model, optimizer, case.parallel_config, case.train_config)
+    engine = TrainEngine(*sections, case.layout, world, case.end_of_text)
     try:
         engine.initialise()
         yield engine

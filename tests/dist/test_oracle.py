@@ -16,7 +16,17 @@ from gptdist.config.sections import ModelConfig
 from gptdist.engine.engine import InferenceEngine
 from gptdist.model.parameters import logical_shapes
 from gptdist.world import World
-from tests.dist.cases import MODELS, Case, RandomWeights, assemble, engine_of, held, text
+from tests.dist.cases import (
+    MODELS,
+    NEWLINE,
+    Case,
+    RandomWeights,
+    assemble,
+    batch_of,
+    engine_of,
+    held,
+    text,
+)
 from tests.dist.ranks import RankPool
 
 transformers = pytest.importorskip(
@@ -73,6 +83,49 @@ def test_logits_equal_those_of_transformers(pool: RankPool, name: str, layout: s
         assert evaluated == pytest.approx(loss, rel=BOUND)
 
 
+@pytest.mark.parametrize("layout", ("one rank", "TP2+SP", "PP2"))
+@pytest.mark.parametrize("name", ("gpt2", "llama"))
+def test_documents_kept_apart_equal_those_of_transformers(pool: RankPool, name: str, layout: str) -> None:
+    """In logits, in the held-out loss and in the loss trained on."""
+    model = ORACLE_MODELS[name]
+    world_size, parallel = LAYOUTS[layout]
+    tokens = text(model.sequence_length + 1)[:8]
+    case = Case(model, world_size, parallel, end_of_text=NEWLINE)
+    answers = pool.run(in_engine, world_size, case, tokens)
+    weights = assemble([held for held, _, _ in answers])
+    expected = oracle_logits(model, weights, tokens[:, :-1], **documents_apart(tokens[:, :-1]))
+    assert (expected - oracle_logits(model, weights, tokens[:, :-1])).abs().max() > 0.1, "it makes a difference"
+    loss = F.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    for _, logits, evaluated in answers:
+        assert (torch.from_numpy(logits) - expected).abs().max() <= BOUND
+        assert evaluated == pytest.approx(loss, rel=BOUND)
+    for trained in pool.run(first_loss, world_size, case):
+        assert trained == pytest.approx(loss, rel=BOUND)
+
+
+def first_loss(world: World, case: Case) -> float:
+    """The loss that the first step trains on, of random weights."""
+    with engine_of(case, world) as engine:
+        engine.read(RandomWeights(case.model, STD), {"optimizer_steps": 0, "loss_scaler": {}})
+        engine.refresh()
+        return engine.train_step(batch_of(case, world, step=1), 0.0, 1).loss
+
+
+def documents_apart(tokens: Tensor) -> dict[str, Tensor]:
+    """What transformers needs to keep lines apart: a mask added to the scores, and positions; counted one by one."""
+    batch, length = tokens.shape
+    mask = torch.full((batch, 1, length, length), torch.finfo(torch.float32).min)
+    positions = torch.zeros(batch, length, dtype=torch.int64)
+    for row, ids in enumerate(tokens.tolist()):
+        first = 0
+        for place in range(length):
+            mask[row, 0, place, first : place + 1] = 0.0
+            positions[row, place] = place - first
+            if ids[place] == NEWLINE:
+                first = place + 1
+    return {"attention_mask": mask, "position_ids": positions}
+
+
 @pytest.mark.parametrize("layout", ("TP2+SP", "PP2"))
 def test_an_engine_without_optimizer_gives_them_too(pool: RankPool, layout: str) -> None:
     model = ORACLE_MODELS["llama"]
@@ -86,14 +139,14 @@ def test_an_engine_without_optimizer_gives_them_too(pool: RankPool, layout: str)
 
 
 @torch.no_grad()
-def oracle_logits(model: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+def oracle_logits(model: ModelConfig, weights: dict[str, Tensor], tokens: Tensor, **inputs: Tensor) -> Tensor:
     """Logits of transformers' GPT-2 or Llama with our logical weights: fp32 [batch, length, vocab_size]."""
     network, state = (_gpt2 if model.position == "learned" else _llama)(model, weights)
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
     network.tie_weights()
-    logits: Tensor = network.eval()(tokens).logits
+    logits: Tensor = network.eval()(tokens, **inputs).logits
     return logits
 
 

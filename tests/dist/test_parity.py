@@ -74,13 +74,16 @@ class Comparison:
     """References by model and batch, and the largest difference seen in each cell of the table."""
 
     pool: RankPool
+    end_of_text: int | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
     references: dict[tuple[Any, ...], Curve] = field(default_factory=dict)
     worst: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
     def reference(self, model: ModelConfig, global_batch_size: int) -> Curve:
         key = (model, global_batch_size)
         if key not in self.references:
-            case = Case(model, 1, {"zero_stage": 0}, {"global_batch_size": global_batch_size})
+            sizes = {"global_batch_size": global_batch_size}
+            case = Case(model, 1, {"zero_stage": 0}, sizes, self.optimizer, self.end_of_text)
             (self.references[key],) = self.pool.run(train, 1, case, STEPS)
         return self.references[key]
 
@@ -88,7 +91,8 @@ class Comparison:
         """Assert that the layout's curve is the reference's; the largest relative differences of loss and norm."""
         place = SPREADS[spread]
         sizes = {"global_batch_size": place.global_batch_size, "micro_batch_size": place.micro_batch_size}
-        case = Case(model, place.world_size, {**place.parallel, **parallel}, {**sizes, **train_fields})
+        spread_out, fields = {**place.parallel, **parallel}, {**sizes, **train_fields}
+        case = Case(model, place.world_size, spread_out, fields, self.optimizer, self.end_of_text)
         curves = self.pool.run(train, place.world_size, case, STEPS)
         assert all(curve == curves[0] for curve in curves), "the report must be the same on every rank"
         differences = relative_differences(curves[0], self.reference(model, place.global_batch_size))

@@ -17,7 +17,7 @@ from gptdist.comms import Comms
 from gptdist.engine.engine import TrainEngine
 from gptdist.train.sample import generate
 from gptdist.world import World
-from tests.dist.cases import CLASSIC, LEARNING_RATE, MODELS, Case, batch_of, engine_of, train, train_steps
+from tests.dist.cases import CLASSIC, LEARNING_RATE, MODELS, NEWLINE, Case, batch_of, engine_of, train, train_steps
 from tests.gpu.ranks import run
 
 Curve = list[tuple[float, float]]
@@ -52,9 +52,10 @@ FOUR_GPUS = {
 }
 
 
+@pytest.mark.parametrize("end_of_text", (None, NEWLINE))
 @pytest.mark.parametrize("model", ("classic", "modern"))
-def test_fp32_on_a_gpu_equals_the_cpu(model: str) -> None:
-    case = Case(MODELS[model])
+def test_fp32_on_a_gpu_equals_the_cpu(model: str, end_of_text: int | None) -> None:
+    case = Case(MODELS[model], end_of_text=end_of_text)
     assert_close(curve(case), curve(case, device="cpu"), CPU_BOUND)
 
 
