@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.report import RESULTS_DIR, machine, render_table, write_json
 from benchmarks.token_corpus import make_token_corpus, open_loader
 from data_tools.shards import WrittenShard, write_shard
+from gptdist.data import manifest
 from gptdist.data.chunk_index import MAGIC, VERSION
 from gptdist.data.manifest import IndexInfo, Manifest, ShardInfo, SplitInfo, TokenizerInfo
 from gptdist.data.order import WindowOrder
@@ -90,7 +91,7 @@ def _parse() -> argparse.Namespace:
 
 def _cases(work_dir: Path, trillions: float, repetitions: int) -> list[Case]:
     small = make_token_corpus(work_dir, SMALL_TOKENS)
-    large = work_dir / f"large-{trillions}T"
+    large = work_dir / f"large-{trillions}T-v{manifest.VERSION}"
     shard = large / "shard.tar"
     num_tokens = make_large_corpus(large, shard, int(trillions * 1e12))
     order = WindowOrder(SEED, (num_tokens - 1) // SEQUENCE_LENGTH)

@@ -14,6 +14,7 @@ from data_tools.shards import write_shard
 from gptdist.config.sections import DataConfig
 from gptdist.data.corpora import build_source, open_corpora
 from gptdist.data.loader import BatchLoader
+from gptdist.data.manifest import VERSION
 from gptdist.data.tokenizer import CorpusTokenizer
 
 CHUNK_TOKENS = 1 << 20
@@ -33,7 +34,7 @@ class TokenCorpus:
 
 def make_token_corpus(work_dir: Path, num_tokens: int, seed: int = 1) -> TokenCorpus:
     """About `num_tokens` tokens in `work_dir`; what an earlier call with the same number left is used again."""
-    root = work_dir / f"tokens-{num_tokens}"
+    root = work_dir / f"tokens-{num_tokens}-v{VERSION}"
     made = TokenCorpus(root / "corpus", root / "tokens.npy", root / "ends.npy")
     if (made.folder / "manifest.json").is_file():
         return made

@@ -27,7 +27,7 @@ from data_tools.progress import NoProgress, Progress
 from data_tools.statistics import BuildStatistics
 from data_tools.tasks import read_documents, sample_documents, write_one_shard
 from data_tools.team import Alone, Task, Team
-from data_tools.tokenizing import check_tokenizer, train_tokenizer
+from data_tools.tokenizing import check_sample, check_tokenizer, train_tokenizer
 from data_tools.work import WorkFolder
 from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from gptdist.data.tokenizer import CorpusTokenizer
@@ -94,15 +94,13 @@ def build_corpus(
     # What a corpus says of its tokenizer must not depend on where that lay.
     named = tokenizer if ready is None or ready.kind == "bytes" else f"sha256:{ready.sha256}"
     plan = make_plan(
-        *(_named(given) for given in (sources, validation_sources, decontaminate)),
-        _options(named, options),
-        piece_bytes,
+        _named(sources), _named(validation_sources), _named(decontaminate), _options(named, options), piece_bytes
     )
     if (existing := _existing(out_dir, plan)) is not None:
         return BuiltCorpus(existing)
     share = share or Share()
     work = WorkFolder(out_dir)
-    build = _Build(work, plan, team or Alone(), share, progress or NoProgress(), fast)
+    build = _Build(work, plan, team or Alone(), share, progress or NoProgress(), tokenizer, fast)
     try:
         with work.locked(share.part, share.parts):
             return build.run(ready)
@@ -115,7 +113,9 @@ def _named(sources: Sequence[str | Path]) -> list[str]:
 
 
 def _options(tokenizer: str, options: dict[str, Any]) -> BuildOptions:
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
     return BuildOptions(tokenizer=tokenizer, **given)
 
 
@@ -135,9 +135,11 @@ def _existing(out_dir: Path, plan: Plan) -> Manifest | None:
 class _Build:
     """One process's part in a build, from an open work folder to the corpus."""
 
-    def __init__(self, work: WorkFolder, plan: Plan, team: Team, share: Share, progress: Progress, fast: bool) -> None:
+    def __init__(
+        self, work: WorkFolder, plan: Plan, team: Team, share: Share, progress: Progress, spec: str, fast: bool
+    ) -> None:
         self.work, self.plan, self.team, self.share, self.progress = work, plan, team, share, progress
-        self.fast = fast
+        self.spec, self.fast = spec, fast
         team.while_waiting = lambda: progress.advance(0)
         self.leads = share.part == 0
         raw = plan.to_dict()
@@ -166,7 +168,7 @@ class _Build:
             self._stage("write shards", write_one_shard, "shard", [1] * count, "shards")
             if not self.leads:
                 return None
-            said = self.work.load(_TOKENIZER_STATE)["said"]
+            said = open_job(self.job).load(_TOKENIZER_STATE)["said"]
             manifest, statistics = finish_corpus(open_job(self.job))
             return BuiltCorpus(manifest, statistics, said, self.fresh_text_bytes, self.fresh_tokens)
         except BaseException as error:
@@ -196,7 +198,9 @@ class _Build:
 
         def make() -> dict[str, Any]:
             tokenizer = ready or train_tokenizer(self.plan.options.tokenizer, iter(self._sampled()))
-            encoder, said = choose_encoder(tokenizer, self._some_texts() if self.fast else (), self.fast)
+            texts = self._some_texts()
+            check_sample(self.spec, tokenizer, texts)
+            encoder, said = choose_encoder(tokenizer, texts, self.fast)
             self.work.write(self.work.corpus / TOKENIZER_FILE, tokenizer.content)
             return {"end_of_text": tokenizer.end_of_text, "fast": encoder.fast, "said": said}
 
@@ -233,7 +237,8 @@ class _Build:
             for index in sampling["pieces"]
             for document in open_job(self.job).load(f"sample-{index:06d}.json")["documents"]
         ]
-        texts, total = [], 0
+        texts: list[str] = []
+        total = 0
         for _, _, text in sorted([document for document in found if not document[1]] or found):
             total += len(text.encode())
             if total > sampling["wanted"] and texts:
@@ -243,7 +248,8 @@ class _Build:
 
     def _some_texts(self) -> list[str]:
         """The beginning of the corpus's text, to compare tokenizers on."""
-        texts, total = [], 0
+        texts: list[str] = []
+        total = 0
         for _, document in read_piece(self.plan.pieces()[0], self.plan.options.reading()):
             if isinstance(document, Document):
                 texts.append(document.text[: CHECK_SAMPLE_BYTES - total])

@@ -136,7 +136,9 @@ class Plan:
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in raw["options"].items()}
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in raw["options"].items()
+        }
         files = {name: tuple(SourceFile(**file) for file in raw[name]) for name in _FILES}
         return Plan(
             BuildOptions(**options), sources=tuple(raw["sources"]), piece_bytes=int(raw["piece_bytes"]), **files

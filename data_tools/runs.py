@@ -105,8 +105,10 @@ def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     temporary = temporary_path(path)
     try:
         with temporary.open("wb", buffering=0) as file:
-            for data in (len(content).to_bytes(8, "little"), content, *arrays.values()):
-                _write_all(file, memoryview(data).cast("B") if len(data) else b"")
+            _write_all(file, len(content).to_bytes(8, "little") + content)
+            for values in arrays.values():
+                if values.size:  # an empty array has no memory to view
+                    _write_all(file, values.data.cast("B"))
             os.fsync(file.fileno())
         os.rename(temporary, path)
     except BaseException:

@@ -76,7 +76,7 @@ def sample_documents(job: Job, index: int) -> dict[str, Any]:
     build = open_job(job)
     options, limit = build.plan.options, int(build.load("sampling.json")["order_limit"])
     bound = np.uint64(int(options.validation_fraction * HASH_RANGE))
-    chosen = []
+    chosen: list[tuple[int, bool, str]] = []
     for texts in _batches(_clean_documents(build, index, BuildStatistics())):
         order = order_hashes(options.seed, [text.key for text in texts])
         held_out = split_hashes(options.seed, _digests(texts)) < bound

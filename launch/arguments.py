@@ -98,6 +98,7 @@ def _add_data(parser: Parser, commands: Any) -> None:
     show.add_argument("corpus", type=Path, metavar="CORPUS_DIR")
     show.add_argument("--split", default="train", metavar="NAME", help="whose text to show (default: train)")
     show.add_argument("--samples", type=_positive, default=1, metavar="N", help="documents to show (default: 1)")
+    _add_data_order(data, subcommands)
 
 
 def _add_data_build(build: Parser) -> None:
@@ -160,8 +161,6 @@ def _add_data_build(build: Parser) -> None:
         metavar="I/N",
         help="be part I (from 0) of N on a shared disk (default: the Slurm array's)",
     )
-
-    _add_data_order(data, subcommands)
 
 
 def _add_data_order(data: Parser, subcommands: Any) -> None:

@@ -19,7 +19,7 @@ _OPTIONS = (
     *("end_of_text", "validation_fraction", "seed", "max_bytes", "suffixes", "exclude", "on_bad_text", "chunk_tokens"),
     *("shard_bytes", "normalize", "min_document_bytes", "max_document_bytes", "dedup", "near_threshold"),
 )
-_PRELOAD = ("data_tools.tasks", "data_tools.duplicate_tasks", "data_tools.gram_tasks", "data_tools.fast_tokenizing")
+_PRELOAD = ("data_tools.tasks", "data_tools.duplicate_tasks", "data_tools.gram_tasks", "gigatoken", "awkward", "orjson")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -197,7 +197,7 @@ def mpi_executor(world: World) -> Iterator["Executor | None"]:
     from mpi4py.futures import MPICommExecutor
 
     with MPICommExecutor(ranks, root=0) as executor:
-        yield executor
+        yield executor  # type: ignore[misc]
 
 
 def _mpi_ranks(world: World) -> Any:

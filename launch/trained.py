@@ -91,7 +91,8 @@ def _config(checkpoint: Checkpoint) -> RunConfig:
 
 def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
     """From the run's folder, else from the corpus; it must be the one the model was trained with."""
-    wanted = checkpoint.state["data"]["tokenizer"]
+    trained_on = checkpoint.state["data"]
+    wanted, end_of_text = trained_on["tokenizer"], trained_on["end_of_text"]
     places = [
         path / TOKENIZER_FILE,
         checkpoint.path.parent.parent / TOKENIZER_FILE,
@@ -100,7 +101,7 @@ def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusT
     ]
     for place in places:
         if place.exists():
-            tokenizer = CorpusTokenizer.load(place)
+            tokenizer = CorpusTokenizer.load(place, end_of_text)
             if tokenizer.sha256 == wanted:
                 return tokenizer
     raise CheckpointError(

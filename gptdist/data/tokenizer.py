@@ -37,7 +37,7 @@ class CorpusTokenizer:
         self._hf = hf
 
     @staticmethod
-    def load(path: Path, end_of_text: str | None = None) -> "CorpusTokenizer":
+    def load(path: Path, end_of_text: str | int | None = None) -> "CorpusTokenizer":
         """The tokenizer of a corpus folder, of a folder with a `tokenizer.json`, or of such a file.
 
         Raises CorpusError where there is none, where it cannot be understood, or where it is not the corpus's own.
@@ -50,7 +50,8 @@ class CorpusTokenizer:
         except OSError as error:
             raise CorpusError(f"Tokenizer {file} cannot be read: {error.strerror}. Name a HF tokenizer.json.") from None
         if manifest is None:
-            return CorpusTokenizer.parse(content, str(file), end_of_text or _configured_end_of_text(file.parent))
+            ending = end_of_text if end_of_text is not None else _configured_end_of_text(file.parent)
+            return CorpusTokenizer.parse(content, str(file), ending)
         found = hashlib.sha256(content).hexdigest()
         if found != manifest.tokenizer.sha256:
             raise CorpusError(

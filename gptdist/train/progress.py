@@ -60,6 +60,7 @@ def data_identity(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[
     data = config.data
     identity: dict[str, Any] = {
         "tokenizer": next(iter(manifests.values())).tokenizer.sha256,
+        "end_of_text": next(iter(manifests.values())).tokenizer.end_of_text,
         "seed": data.seed,
         "sequence_length": config.model.sequence_length,
         "shuffle": data.shuffle,
@@ -105,6 +106,7 @@ def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, whe
 
 _WHAT = {
     "tokenizer": "its tokenizer is not the corpus's",
+    "end_of_text": "another token ended its documents",
     "seed": "data.seed was another",
     "sequence_length": "model.sequence_length was another",
     "shuffle": "data.shuffle was another",
