@@ -17,7 +17,7 @@ def main(args: argparse.Namespace) -> int:
         samples = min(args.samples or windows, windows)
         values = held_out_values(trained.engine, reader, samples, trained.config.train.micro_batch_size)
         print(
-            f"{trained.path} on {reader.corpus_dir}: loss {values['eval/loss']:.4f} nats per token, "
+            f"{trained.path} on {reader.corpus}: loss {values['eval/loss']:.4f} nats per token, "
             f"perplexity {values['eval/perplexity']:.2f}, {values['eval/bits_per_byte']:.4f} bits per byte "
             f"({samples} of {windows} held-out windows)",
             flush=True,
@@ -29,7 +29,7 @@ def _open_validation(trained: Trained, corpus: Path | None) -> TokenReader:
     reader = TokenReader(corpus or Path(trained.config.data.corpus), "validation")
     if reader.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
         raise CorpusError(
-            f"{reader.corpus_dir} was built with another tokenizer (sha256 {reader.manifest.tokenizer.sha256[:12]}...) "
+            f"{reader.corpus} was built with another tokenizer (sha256 {reader.manifest.tokenizer.sha256[:12]}...) "
             f"than the one {trained.path} was trained with ({trained.tokenizer.sha256[:12]}...). Build it with "
             f"--tokenizer {trained.path.parent.parent / 'tokenizer.json'}."
         )
