@@ -317,7 +317,10 @@ class TokenReader:
                     )
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FetchFailed as error:
-            raise UnreadableShard(number, f"Shard {error}") from error.__cause__
+            raise UnreadableShard(
+                number,
+                f"Shard {error} Put it back, or let the run go on without it: data.max_unreadable_shards.",
+            ) from error.__cause__
         except OSError as error:
             raise UnreadableShard(number, f"Shard {where} cannot be read: {error.strerror}. {_REMEDY}") from None
         return _Shard(mapped, self._dtype)

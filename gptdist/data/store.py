@@ -19,7 +19,7 @@ MANIFEST_FILE = "manifest.json"
 # Each leased file holds a descriptor; a process often has no more than 1,024.
 MAX_LEASES = 128
 
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.005
 _TICK_SECONDS = 0.2
 
 
