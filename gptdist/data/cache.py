@@ -59,9 +59,12 @@ class Filling:
     def commit(self) -> Lease:
         """The file is complete: name it, and keep it leased."""
         # A file with its name and without its content must not survive a power cut.
-        os.fdatasync(self.descriptor)
-        os.rename(self._path, self._final)
-        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        try:
+            os.fdatasync(self.descriptor)
+            os.rename(self._path, self._final)
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            raise _unusable(self._path.parent, error) from None
         return Lease(self._final, self.descriptor)
 
     def drop(self) -> None:
@@ -92,7 +95,7 @@ class NodeCache:
             return None
         except OSError as error:
             raise _unusable(self.folder, error) from None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # exclusive locks on complete files are held for moments only
+        self._flock(descriptor, fcntl.LOCK_SH)  # exclusive locks on complete files are held for moments only
         status = os.fstat(descriptor)
         if status.st_nlink and status.st_size == size:
             return Lease(path, descriptor)
@@ -112,7 +115,7 @@ class NodeCache:
             raise _unusable(self.folder, error) from None
         filling = Filling(path, final, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None
@@ -218,11 +221,20 @@ class NodeCache:
     @contextmanager
     def _room_locked(self) -> Iterator[None]:
         descriptor = self._open_lock("cache.lock")
+        self._flock(descriptor, fcntl.LOCK_EX)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
+
+    def _flock(self, descriptor: int, how: int) -> None:
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # a file system without locks
+            os.close(descriptor)
+            raise _unusable(self.folder, error) from None
 
     def _open_lock(self, name: str) -> int:
         try:

@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -17,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from gptdist.data.chunk_index import ChunkIndex
 from gptdist.data.digest import chunk_digest
 from gptdist.data.fetch import FetchFailed
-from gptdist.data.manifest import Manifest
+from gptdist.data.manifest import Manifest, ShardInfo
 from gptdist.data.store import Store, open_store
 from gptdist.errors import CorpusError
 
@@ -43,7 +44,8 @@ class UnreadableShard(CorpusError):
 class _Shard:
     """A mapped shard as one array of tokens."""
 
-    def __init__(self, mapped: mmap.mmap, dtype: np.dtype) -> None:
+    def __init__(self, info: ShardInfo, mapped: mmap.mmap, dtype: np.dtype) -> None:
+        self.info = info
         self.mapped = mapped
         self.flat = np.frombuffer(mapped, dtype=dtype, count=len(mapped) // dtype.itemsize)
         self._runs: tuple[int, np.ndarray] = (0, self.flat)
@@ -68,6 +70,7 @@ class TokenReader:
     def __init__(self, corpus: Path | str, split: str, verify: bool = True, store: Store | None = None) -> None:
         self.split = split
         self.store = store or open_store(corpus)
+        self._owns_store = store is None
         self.corpus = self.store.name
         self.manifest = Manifest.load(self.store)
         info = self.manifest.split(split)
@@ -181,8 +184,10 @@ class TokenReader:
             self.store.check_room(self._index_bytes + int(mean_bytes * min(shards, len(self._lines))), what)
 
     def close(self) -> None:
-        """Unmap all shards; reading again opens them again."""
+        """Unmap all shards, and close the store if it is the reader's own."""
         self._shards.clear()
+        if self._owns_store:
+            self.store.close()
 
     def _gather(self, starts: np.ndarray, length: int, out: np.ndarray) -> None:
         # Numpy is called as seldom as can be: after each batch the caches are cold, and a call costs as much as a row.
@@ -290,11 +295,11 @@ class TokenReader:
 
     def _shard(self, number: int) -> _Shard:
         shard = self._shards.get(number)
-        if shard is not None and (not self.store.wants_ahead or self.store.use(self._lines[number])):
+        if shard is not None and (not self.store.wants_ahead or self.store.use(shard.info)):
             self._shards.move_to_end(number)
             return shard
         if self.store.wants_ahead:  # room in the cache is free only when nobody maps the file any more
-            for other in [other for other in self._shards if not self.store.holds(self._lines[other])]:
+            for other in [other for other, mapped in self._shards.items() if not self.store.holds(mapped.info)]:
                 del self._shards[other]
         shard = self._shards[number] = self._map_shard(number)
         if len(self._shards) > MAX_OPEN_SHARDS:
@@ -307,8 +312,7 @@ class TokenReader:
         info = self._lines[number]
         where = self.store.shown(info.file)
         try:
-            path = self.store.path(info)
-            with path.open("rb") as file:
+            with self._open_shard(info) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != info.bytes:
                     what = "truncated" if size < info.bytes else "not the file that was built"
@@ -323,7 +327,17 @@ class TokenReader:
             ) from error.__cause__
         except OSError as error:
             raise UnreadableShard(number, f"Shard {where} cannot be read: {error.strerror}. {_REMEDY}") from None
-        return _Shard(mapped, self._dtype)
+        return _Shard(info, mapped, self._dtype)
+
+    def _open_shard(self, info: ShardInfo) -> BinaryIO:
+        while True:
+            path = self.store.path(info)
+            try:
+                return path.open("rb")
+            except FileNotFoundError:
+                # In a cache: evicted since the line above, for a rank that waited for room, or removed by hand.
+                if not self.store.refetch(info):
+                    raise
 
     def _look_at(self, chunk: int) -> None:
         """Find, and with `verify` check, a chunk before its first use."""

@@ -324,7 +324,7 @@ class CachedStore:
                     self._let_go()
                 elif self._fetch_a_wish(cache):
                     continue
-            except GptdistError:
+            except (GptdistError, OSError):
                 pass  # the folder is gone or the disk is full: whoever needs a file now will meet it and say so
             self._wake.wait(_TICK_SECONDS)
             self._wake.clear()

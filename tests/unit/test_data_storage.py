@@ -644,6 +644,18 @@ def test_what_another_is_fetching_is_passed_over(corpus: Path, quick: StoreSetti
         assert found[0].read_bytes() == (corpus / "train-00000.tar").read_bytes()
 
 
+def test_a_cache_emptied_by_hand_is_filled_again(corpus: Path, expected: np.ndarray, quick: StoreSettings) -> None:
+    with opened(f"file://{corpus}", quick) as store:
+        reader = TokenReader("", "train", store=store)
+        read_all(reader)
+        reader.close()  # the store is not its own, and stays open
+        for name in names(store._cache):
+            store._cache.discard(name)
+        assert np.array_equal(read_all(reader), expected)
+    own = TokenReader(corpus, "train")
+    own.close()
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 READ_ALL = """
