@@ -29,12 +29,11 @@ from benchmarks.token_corpus import TokenCorpus, make_token_corpus, open_loader
 from gptdist.data.order import WindowOrder
 from gptdist.data.reader import TokenReader
 
-BATCH_ROWS = 64
 MICRO_BATCH_ROWS = 8
 SEED = 1
 RAW = ("raw memmap, row by row", "raw memmap, gathered")
 READER, LOADER = "our reader", "our loader"
-# What the loader's rate should at least be, relative to the faster raw memmap and to each peer's fastest mode.
+# What our rates should at least be, relative to the faster raw memmap and to each peer's fastest mode.
 GOALS = {"raw memmap": 0.85, "litdata": 2.5, "mosaicml-streaming": 10.0, "webdataset": 10.0}
 
 STEP_SECONDS = 0.1
@@ -51,13 +50,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = args.work or Path(temporary)
         corpus = make_token_corpus(work_dir, args.tokens)
-        first = _first_reading(corpus, args.rows)
+        first = _first_reading(corpus, args.rows, args.batch_rows)
         rates = _measure(corpus, args)
         cost = measure_step_cost(corpus, args.steps)
     print(f"{args.rows:,} rows of {ROW_TOKENS:,} tokens from {args.tokens:,}, torch {before['torch']}")
     print(render_table(("", "million tokens/s", "least", "most"), _rate_rows(rates)))
     ratios = _ratios(rates)
-    print(render_table(("our loader to", "ratio", "least", "most", "goal"), _ratio_rows(ratios)))
+    print(render_table(("", "ratio", "least", "most", "goal"), _ratio_rows(ratios)))
     print(f"first reading, with every chunk's digest: {first / 1e6:,.0f} million tokens/s")
     print(
         f"of a step of {1e3 * STEP_SECONDS:.0f} ms with {STEP_ROWS} x {STEP_SEQUENCE_LENGTH + 1:,} tokens: "
@@ -65,7 +64,7 @@ def main() -> None:
         f"where all cores compute (goal: at most {STEP_GOAL:.0%})"
     )
     if args.out:
-        settings = {name: getattr(args, name) for name in ("tokens", "rows", "rounds", "steps")}
+        settings = {name: getattr(args, name) for name in ("tokens", "rows", "batch_rows", "rounds", "steps")}
         results = {"tokens_per_second": rates, "first_reading": first, "ratios": ratios, "goals": GOALS, "step": cost}
         write_json(args.out, {"machine": before, **settings, **results})
 
@@ -75,6 +74,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peer-python", type=Path, help="Python of the peers' environment; without it: no peers")
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--batch-rows", type=int, default=64, help="rows in a batch of ours (default: 64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="steps for the loader's part in a step")
     parser.add_argument("--only", action="append", choices=PEERS, help="these peers; repeatable")
@@ -85,7 +85,7 @@ def _parse() -> argparse.Namespace:
 
 def _measure(corpus: TokenCorpus, args: argparse.Namespace) -> Rates:
     """Tokens per second of each candidate in each round."""
-    candidates: dict[str, Callable[[], float]] = _ours(corpus, args.rows)
+    candidates: dict[str, Callable[[], float]] = _ours(corpus, args.rows, args.batch_rows)
     if args.peer_python:
         for name in args.only or PEERS:
             for mode in MODES:
@@ -98,37 +98,38 @@ def _measure(corpus: TokenCorpus, args: argparse.Namespace) -> Rates:
     return rates
 
 
-def _ours(corpus: TokenCorpus, rows: int) -> dict[str, Callable[[], float]]:
+def _ours(corpus: TokenCorpus, rows: int, batch_rows: int) -> dict[str, Callable[[], float]]:
     """The roof and this project, each as a function that reads all rows once more."""
+    rows = rows // batch_rows * batch_rows
     reader = TokenReader(corpus.folder, "train")
     order = WindowOrder(SEED, reader.num_windows(ROW_TOKENS - 1))
     windows = order.windows(0, rows)
     flat = np.load(corpus.tokens_path, mmap_mode="r")
     starts = windows * (ROW_TOKENS - 1)
     runs = sliding_window_view(flat, ROW_TOKENS)
-    batches = range(0, rows - BATCH_ROWS + 1, BATCH_ROWS)
-    tokens = len(batches) * BATCH_ROWS * ROW_TOKENS
+    batches = range(0, rows, batch_rows)
+    tokens = rows * ROW_TOKENS
 
     def row_by_row() -> None:
         for first in batches:
-            out = np.empty((BATCH_ROWS, ROW_TOKENS), dtype=np.int64)
-            for row, start in zip(out, starts[first : first + BATCH_ROWS].tolist(), strict=True):
+            out = np.empty((batch_rows, ROW_TOKENS), dtype=np.int64)
+            for row, start in zip(out, starts[first : first + batch_rows].tolist(), strict=True):
                 row[:] = flat[start : start + ROW_TOKENS]
 
     def gathered() -> None:
         for first in batches:
-            out = np.empty((BATCH_ROWS, ROW_TOKENS), dtype=np.int64)
-            out[:] = runs[starts[first : first + BATCH_ROWS]]
+            out = np.empty((batch_rows, ROW_TOKENS), dtype=np.int64)
+            out[:] = runs[starts[first : first + batch_rows]]
 
     def by_reader() -> None:
         for first in batches:
-            out = np.empty((BATCH_ROWS, ROW_TOKENS), dtype=np.int64)
-            reader.windows(windows[first : first + BATCH_ROWS], ROW_TOKENS - 1, out)
+            out = np.empty((batch_rows, ROW_TOKENS), dtype=np.int64)
+            reader.windows(windows[first : first + batch_rows], ROW_TOKENS - 1, out)
 
     loader = open_loader(corpus.folder, ROW_TOKENS - 1, MICRO_BATCH_ROWS, SEED)
 
     def by_loader() -> float:
-        loader.start(0, lambda consumed: BATCH_ROWS)
+        loader.start(0, lambda consumed: batch_rows)
         loader.next()  # peers are not charged for their first batch either
         started = time.perf_counter()
         for _ in batches:
@@ -168,16 +169,16 @@ def _peer(python: Path, name: str, mode: str, corpus: TokenCorpus, rows: int) ->
     return rate
 
 
-def _first_reading(corpus: TokenCorpus, rows: int) -> float:
+def _first_reading(corpus: TokenCorpus, rows: int, batch_rows: int) -> float:
     """Tokens per second of a loader that has not looked at any chunk yet."""
     loader = open_loader(corpus.folder, ROW_TOKENS - 1, MICRO_BATCH_ROWS, SEED)
     started = time.perf_counter()
-    loader.start(0, lambda consumed: BATCH_ROWS)
-    for _ in range(rows // BATCH_ROWS):
+    loader.start(0, lambda consumed: batch_rows)
+    for _ in range(rows // batch_rows):
         loader.next()
     seconds = time.perf_counter() - started
     loader.close()
-    return rows // BATCH_ROWS * BATCH_ROWS * ROW_TOKENS / seconds
+    return rows // batch_rows * batch_rows * ROW_TOKENS / seconds
 
 
 def measure_step_cost(corpus: TokenCorpus, steps: int) -> dict[str, float]:
@@ -226,13 +227,14 @@ def _compute(matrix: torch.Tensor, products: int) -> float:
 
 
 def _ratios(rates: Rates) -> dict[str, list[float]]:
-    """Our loader's rate over the fastest way of each peer, in each round."""
+    """Our rate over the fastest way of each peer, in each round: `ours / peer` -> ratios."""
     ratios = {}
     for peer in GOALS:
-        modes = [name for name in rates if name.startswith(peer)]
-        if modes:
+        if modes := [name for name in rates if name.startswith(peer)]:
             fastest = max(modes, key=lambda name: statistics.median(rates[name]))
-            ratios[fastest] = [ours / theirs for ours, theirs in zip(rates[LOADER], rates[fastest], strict=True)]
+            for ours in (READER, LOADER):
+                pairs = zip(rates[ours], rates[fastest], strict=True)
+                ratios[f"{ours} / {fastest}"] = [mine / other for mine, other in pairs]
     return ratios
 
 
@@ -246,7 +248,7 @@ def _rate_rows(rates: Rates) -> list[list[str]]:
 def _ratio_rows(ratios: dict[str, list[float]]) -> list[list[str]]:
     rows = []
     for name, found in ratios.items():
-        goal = next(value for peer, value in GOALS.items() if name.startswith(peer))
+        goal = next(value for peer, value in GOALS.items() if name.partition(" / ")[2].startswith(peer))
         shown = [f"{value:.2f}" for value in (statistics.median(found), min(found), max(found))]
         rows.append([name, *shown, f"{goal:.2f}"])
     return rows

@@ -11,7 +11,6 @@ the measured samples need are on disk, all alike. Goals: below 0.1 s to open, be
 import argparse
 import hashlib
 import json
-import os
 import random
 import resource
 import shutil
@@ -70,7 +69,16 @@ def main() -> None:
         for case in cases:
             found.setdefault(case.name, []).append(_measure(case))
     rows = [[name, *_shown(results)] for name, results in found.items()]
-    head = ("", "ms to open", "ms to the first batch", "slowest", "roof, ms", "MB resident", "of that imports")
+    head = (
+        "",
+        "ms to open",
+        "ms to the first batch",
+        "slowest",
+        "roof, ms",
+        "MB resident",
+        "of that imports",
+        "not files",
+    )
     print(render_table(head, rows))
     print(f"goals: {1e3 * GOAL_SECONDS:.0f} ms to open, as much to the first batch, {GOAL_RESIDENT_BYTES / 1e6:.0f} MB")
     if args.out:
@@ -176,7 +184,7 @@ def _measure_here(folder: Path, sample: int, plain_path: Path) -> dict[str, floa
     import torch
 
     torch.zeros(1)
-    imports = _resident_bytes()
+    imports, _ = _memory()
     started = time.perf_counter()
     loader = open_loader(folder, SEQUENCE_LENGTH, BATCH_ROWS, SEED)
     opened = time.perf_counter()
@@ -186,7 +194,7 @@ def _measure_here(folder: Path, sample: int, plain_path: Path) -> dict[str, floa
     loader.close()
     if batch.first_sample != sample or batch.tokens.shape != (1, BATCH_ROWS, SEQUENCE_LENGTH + 1):
         raise RuntimeError(f"the batch at sample {sample} is {batch.tokens.shape} at {batch.first_sample}")
-    resident = _resident_bytes()
+    resident, own = _memory()
     plain_started = time.perf_counter()
     flat = np.load(plain_path, mmap_mode="r")
     starts = random.Random(sample).choices(range(len(flat) - SEQUENCE_LENGTH - 1), k=BATCH_ROWS)
@@ -196,17 +204,20 @@ def _measure_here(folder: Path, sample: int, plain_path: Path) -> dict[str, floa
         "first_batch_seconds": first - opened,
         "roof_seconds": time.perf_counter() - plain_started,
         "resident_bytes": resident,
+        "own_bytes": own,
         "import_bytes": imports,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _resident_bytes() -> int:
+def _memory() -> tuple[int, int]:
+    """Bytes resident, and those of them that are the process's own and not pages of files, which others may share."""
     try:
-        fields = Path("/proc/self/statm").read_text().split()
-    except OSError:  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(fields[1]) * os.sysconf("SC_PAGESIZE")
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        resident, own = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    except (OSError, KeyError):  # not Linux
+        resident = own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident, own
 
 
 def _shown(results: list[dict[str, float]]) -> list[str]:
@@ -215,7 +226,7 @@ def _shown(results: list[dict[str, float]]) -> list[str]:
 
     total = [result["open_seconds"] + result["first_batch_seconds"] for result in results]
     times = (median("open_seconds"), median("first_batch_seconds"), max(total), median("roof_seconds"))
-    memory = (max(result["resident_bytes"] for result in results), median("import_bytes"))
+    memory = (median("resident_bytes"), median("import_bytes"), median("own_bytes"))
     return [*(f"{1e3 * value:.1f}" for value in times), *(f"{value / 1e6:.0f}" for value in memory)]
 
 

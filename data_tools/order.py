@@ -146,7 +146,7 @@ def chunk_documents(reader: TokenReader, chunk: int) -> ChunkDocuments:
         keys = json.loads(members["json"])["documents"]
     except (tarfile.TarError, KeyError, ValueError, TypeError) as error:
         raise CorpusError(
-            f"Chunk {chunk} of the {reader.split} split of {reader.corpus_dir} cannot be read: {error}. "
+            f"Chunk {chunk} of the {reader.split} split of {reader.corpus} cannot be read: {error}. "
             "`gptdist data verify` lists all damage."
         ) from None
     return ChunkDocuments(keys, ends)
@@ -169,7 +169,7 @@ def find_document(reader: TokenReader, key: str) -> Iterator[Found]:
 def _before_tokens(reader: TokenReader, chunk: int) -> bytes:
     """The bytes of a chunk in its shard up to its tokens: the ends of its documents and their keys."""
     index = reader.index
-    path = reader.corpus_dir / reader.manifest.split(reader.split).shards[int(index.shard[chunk])].file
+    path = reader.store.path(reader.manifest.split(reader.split).shards[int(index.shard[chunk])])
     first, stop = int(index.sample_offset[chunk]), int(index.tokens_offset[chunk])
     try:
         with path.open("rb") as file:

@@ -16,11 +16,12 @@ from gptdist.comms import Comms
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun, render_config
 from gptdist.config.sections import RunConfig
-from gptdist.data.corpora import build_source, open_corpora, open_tokenizer, short_names
+from gptdist.data.corpora import build_source, open_corpora, open_stores, open_tokenizer, short_names
 from gptdist.data.loader import BatchLoader, held_out_batches
 from gptdist.data.manifest import Manifest
 from gptdist.data.reader import TokenReader
 from gptdist.data.samples import SampleSource
+from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.zero_config import memory_note
@@ -57,6 +58,14 @@ class RunData:
     tokenizer: CorpusTokenizer
     train: Mapping[str, TokenReader]
     validation: Mapping[str, TokenReader]
+    stores: Mapping[str, Store]
+
+    def close(self) -> None:
+        """Stop fetching, and let files go."""
+        for store in self.stores.values():
+            store.close()
+        for reader in (*self.train.values(), *self.validation.values()):
+            reader.close()
 
     @property
     def manifests(self) -> dict[str, Manifest]:
@@ -73,7 +82,10 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
     try:
         with comms.together():
             data = open_data(config)
-        return _train(loaded, layout, world, comms, data, fresh)
+        try:
+            return _train(loaded, layout, world, comms, data, fresh)
+        finally:
+            data.close()
     finally:
         leave()
 
@@ -81,7 +93,8 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
 def open_data(config: RunConfig) -> RunData:
     """Open the corpora and check that the model fits them. Raises CorpusError, or ConfigError for the model's sizes."""
     length = config.model.sequence_length
-    train = open_corpora(config.data, "train")
+    stores = open_stores(config.data)
+    train = open_corpora(config.data, "train", stores)
     for reader in train.values():
         reader.num_windows(length)
     tokenizer = open_tokenizer(train)
@@ -90,10 +103,10 @@ def open_data(config: RunConfig) -> RunData:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the {tokenizer.vocab_size} ids of the "
             f"corpus's tokenizer ({next(iter(train))}). Set model.vocab_size: {tokenizer.vocab_size}."
         )
-    held_out = open_corpora(config.data, "validation")
+    held_out = open_corpora(config.data, "validation", stores)
     # One shorter than a window has nothing to evaluate on.
     validation = {name: reader for name, reader in held_out.items() if reader.num_tokens > length}
-    return RunData(tokenizer, train, validation)
+    return RunData(tokenizer, train, validation, stores)
 
 
 def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
@@ -140,6 +153,7 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
                 loop = _build_loop(config, layout, engine, comms, data, loader, progress, sinks)
                 stopped = loop.run()
         finally:
+            data.close()  # a fetch that the reading thread waits for ends here
             loader.close()
         if comms.is_first:
             where = checkpoints_dir(config)

@@ -4,7 +4,7 @@ Knows the section and the readers; nothing of torch, ranks or steps. The one pla
 """
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from gptdist.config.sections import BlendPart, DataConfig
 from gptdist.config.weights import whole_weights
@@ -14,27 +14,40 @@ from gptdist.data.manifest import Manifest
 from gptdist.data.order import WindowOrder
 from gptdist.data.reader import TokenReader
 from gptdist.data.samples import SampleSource, ShuffleOrder
+from gptdist.data.store import Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import ConfigError, CorpusError
 
 
-def open_corpora(data: DataConfig, split: str) -> dict[str, TokenReader]:
+def open_stores(data: DataConfig) -> dict[str, Store]:
+    """Where the files of each corpus are, by its name in the config. Close them when the run is done with them."""
+    settings = StoreSettings(
+        cache_dir=data.cache_dir,
+        cache_size=data.cache_size,
+        fetch_attempts=data.fetch_attempts,
+        max_unreadable_shards=data.max_unreadable_shards,
+    )
+    return {name: open_store(name, settings) for name in corpus_names(data)}
+
+
+def open_corpora(data: DataConfig, split: str, stores: Mapping[str, Store] | None = None) -> dict[str, TokenReader]:
     """A reader of `split` of each corpus, by its name in the config; corpora without that split are left out, unless
     it is `train`.
 
     Raises CorpusError where one cannot be read, has another tokenizer, or is there by two names.
     """
     readers = {}
-    for name in corpus_names(data):
-        if split == "train" or split in Manifest.load(Path(name)).splits:
-            readers[name] = TokenReader(Path(name), split, data.verify)
+    for name, store in (stores or open_stores(data)).items():
+        if split == "train" or split in Manifest.load(store).splits:
+            readers[name] = TokenReader(name, split, data.verify, store)
     _check_alike(readers)
     return readers
 
 
 def open_tokenizer(readers: Mapping[str, TokenReader]) -> CorpusTokenizer:
     """The tokenizer of corpora that `open_corpora` opened."""
-    return CorpusTokenizer.load(next(iter(readers.values())).corpus_dir)
+    reader = next(iter(readers.values()))
+    return CorpusTokenizer.of_corpus(reader.store, reader.manifest)
 
 
 def corpus_names(data: DataConfig) -> tuple[str, ...]:
@@ -64,6 +77,8 @@ def build_order(data: DataConfig, reader: TokenReader, sequence_length: int) -> 
         return WindowOrder(data.seed, num_windows)
     shards = max(1, len(reader.manifest.split(reader.split).shards))
     block_tokens = data.shuffle_block_tokens or reader.num_tokens // shards
+    # The buffer that is read and the one that is fetched meanwhile.
+    reader.check_room(2 * data.shuffle_blocks * block_tokens, "two buffers of the local shuffle (data.shuffle_blocks)")
     return LocalOrder(data.seed, num_windows, max(1, block_tokens // sequence_length), data.shuffle_blocks)
 
 

@@ -8,14 +8,18 @@ import ast
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from gptdist.data.chunk_index import ChunkIndex
 from gptdist.data.digest import chunk_digest
-from gptdist.data.manifest import Manifest
+from gptdist.data.fetch import FetchFailed
+from gptdist.data.manifest import Manifest, ShardInfo
+from gptdist.data.store import Store, open_store
 from gptdist.errors import CorpusError
 
 # A mapped shard holds a file descriptor, and a process often has no more than 1,024.
@@ -23,36 +27,81 @@ MAX_OPEN_SHARDS = 256
 
 _REMEDY = "Copy the corpus again from where it came, or build it again; `gptdist data verify` lists all damage."
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
+# Rows gathered by one call of numpy: the narrow copy that it makes of them stays in the processor's cache.
+_ROWS_AT_ONCE = 64
+# Fewer rows of a shard are copied one by one.
+_FEW_ROWS = 4
+
+
+class UnreadableShard(CorpusError):
+    """A shard is missing, damaged, or cannot be fetched."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class _Shard:
-    """A mapped shard and the token arrays already cut from it."""
+    """A mapped shard as one array of tokens."""
 
-    def __init__(self, mapped: mmap.mmap) -> None:
+    def __init__(self, info: ShardInfo, mapped: mmap.mmap, dtype: np.dtype) -> None:
+        self.info = info
         self.mapped = mapped
-        self.chunks: dict[int, np.ndarray] = {}
+        self.flat = np.frombuffer(mapped, dtype=dtype, count=len(mapped) // dtype.itemsize)
+        self._runs: tuple[int, np.ndarray] = (0, self.flat)
+
+    def runs(self, length: int) -> np.ndarray:
+        """Every run of `length` tokens, as a view: [positions, length]."""
+        if self._runs[0] != length:
+            self._runs = (length, sliding_window_view(self.flat, length))
+        return self._runs[1]
 
 
 class TokenReader:
     """The token stream of a split, cut into windows of sequence_length + 1 tokens at stride sequence_length.
 
-    Shards open when first needed; a wrong size is noticed then. With `verify`, each chunk's digest is checked the
-    first time it is read. Raises CorpusError naming the shard. Not safe for two threads at once: give each its own
-    reader.
+    `corpus` is a folder or a URL; with `store`, that is used, and stays the caller's to close. Shards open when first
+    needed; a wrong size is noticed then. With `verify`, each chunk's digest is checked the first time it is read.
+    Raises CorpusError naming the shard. Up to `max_unreadable_shards` of the store's settings are passed over instead:
+    for a window that touches one, the next window that touches none is served. Not safe for two threads at once: give
+    each its own reader.
     """
 
-    def __init__(self, corpus_dir: Path, split: str, verify: bool = True) -> None:
-        self.corpus_dir = Path(corpus_dir)
+    def __init__(self, corpus: Path | str, split: str, verify: bool = True, store: Store | None = None) -> None:
         self.split = split
-        self.manifest = Manifest.load(self.corpus_dir)
+        self.store = store or open_store(corpus)
+        self._owns_store = store is None
+        self.corpus = self.store.name
+        self.manifest = Manifest.load(self.store)
         info = self.manifest.split(split)
         self.num_tokens = info.tokens
-        self.index = ChunkIndex.open(self.corpus_dir / info.index.file, info.chunks, info.tokens, info.documents)
+        self.replaced_windows = 0
+        self._lines = info.shard_lines
+        self._index_bytes = info.index.bytes
+        if self.store.wants_ahead:
+            self.store.check_room(
+                self._index_bytes + self._lines.largest_bytes(), f"the index of the {split} split and its largest shard"
+            )
+        index_path = self.store.path(info.index, keep=True)
+        self.index = ChunkIndex.open(index_path, info.chunks, info.tokens, info.documents)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._shard_infos = info.shards
         self._verify = verify
-        self._checked = bytearray(len(self.index))
+        # For each chunk what makes a token's place in the split its place in the shard, counted in tokens. 0: not yet
+        # looked at (or, once in a great while, really 0: then it is looked at each time). The system gives memory only
+        # to the pages that are written.
+        self._shifts = np.zeros(len(self.index), dtype=np.int64)
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._unreadable: dict[int, str] = {}
+
+    @property
+    def wants_ahead(self) -> bool:
+        """Whether `fetch_ahead` is of use."""
+        return self.store.wants_ahead
+
+    @property
+    def unreadable_shards(self) -> int:
+        """How many shards are passed over because they cannot be read."""
+        return len(self._unreadable)
 
     def num_windows(self, sequence_length: int) -> int:
         """How many windows there are. Raises CorpusError where there is not even one."""
@@ -66,7 +115,7 @@ class TokenReader:
                 else "build a corpus from more text"
             )
             raise CorpusError(
-                f"The {self.split} split of {self.corpus_dir} holds {self.num_tokens} tokens; one window of "
+                f"The {self.split} split of {self.corpus} holds {self.num_tokens} tokens; one window of "
                 f"sequence length {sequence_length} needs {sequence_length + 1}. Set model.sequence_length to at most "
                 f"{max(self.num_tokens - 1, 0)}, or {more}."
             )
@@ -77,82 +126,257 @@ class TokenReader:
 
         Written into `out` where given.
         """
-        length = sequence_length + 1
-        token = index * sequence_length
-        if index < 0 or token + length > self.num_tokens:
-            raise IndexError(f"window {index} of {(self.num_tokens - 1) // sequence_length} in the {self.split} split")
         if out is None:
-            out = np.empty(length, dtype=np.int64)
-        chunk = self.index.chunk_of(token)
-        skip = token - int(self.index.token_start[chunk])
-        filled = 0
-        while filled < length:
-            piece = self.chunk_tokens(chunk)[skip : skip + length - filled]
-            if not len(piece):  # only an index out of order leads here
-                raise CorpusError(f"The index of the {self.split} split of {self.corpus_dir} is damaged. {_REMEDY}")
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            chunk, skip = chunk + 1, 0
+            out = np.empty(sequence_length + 1, dtype=np.int64)
+        self.windows([index], sequence_length, out[None])
         return out
+
+    def windows(self, indices: Sequence[int] | np.ndarray, sequence_length: int, out: np.ndarray) -> np.ndarray:
+        """Many windows, into the rows of `out`: int64 [len(indices), sequence_length + 1], which is returned."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        num_windows = (self.num_tokens - 1) // sequence_length
+        if not len(wanted):
+            return out
+        if wanted.view(np.uint64).max() >= num_windows:  # below 0 is far above
+            wrong = wanted.min() if wanted.min() < 0 else wanted.max()
+            raise IndexError(f"window {wrong} of {num_windows} in the {self.split} split")
+        if out.shape != (len(wanted), sequence_length + 1):
+            raise ValueError(f"out is {out.shape}, not {(len(wanted), sequence_length + 1)}")
+        while True:
+            served = self._readable(wanted, sequence_length) if self._unreadable else wanted
+            try:
+                self._gather(served * sequence_length, sequence_length + 1, out)
+            except UnreadableShard as error:
+                self._pass_over(error)
+                continue
+            except IndexError:  # only an index out of order leads there
+                raise self._damaged_index() from None
+            if served is not wanted:
+                self.replaced_windows += int(np.count_nonzero(served != wanted))
+            return out
 
     def chunk_tokens(self, chunk: int) -> np.ndarray:
         """The tokens of a chunk, a read-only view of the mapped shard in the corpus's dtype."""
-        number = int(self.index.shard[chunk])
-        shard = self._shard(number)
-        tokens = shard.chunks.get(chunk)
-        if tokens is None:
-            tokens = shard.chunks[chunk] = self._open_chunk(chunk, number, shard.mapped)
-        return tokens
+        if not self._shifts[chunk]:
+            self._look_at(chunk)
+        first, end = self.index.token_start[chunk : chunk + 2] + self._shifts[chunk]
+        return self._shard(int(self.index.shard[chunk])).flat[first:end]
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Every chunk's tokens, in the order of the split."""
         return (self.chunk_tokens(chunk) for chunk in range(len(self.index)))
 
+    def fetch_ahead(self, token_ranges: Sequence[tuple[int, int]]) -> None:
+        """Have the shards of these token ranges [first, end) soon, the first needed first; returns at once."""
+        if not self.store.wants_ahead or not len(token_ranges):
+            return
+        ranges = np.clip(np.asarray(token_ranges, dtype=np.int64), 0, self.num_tokens - 1)
+        ranges[:, 1] = np.maximum(ranges[:, 1] - 1, ranges[:, 0])
+        shards = self.index.shard[self.index.token_start.searchsorted(ranges, side="right") - 1]
+        numbers = dict.fromkeys(number for first, last in shards.tolist() for number in range(first, last + 1))
+        self.store.fetch_ahead([self._lines[number] for number in numbers if number not in self._unreadable])
+
+    def check_room(self, num_tokens: int, what: str) -> None:
+        """Raise StorageError where shards of `num_tokens` tokens, needed at once for `what`, do not fit the cache."""
+        if self.store.wants_ahead and self.num_tokens:
+            mean_bytes = sum(shard.bytes for shard in self._lines[:1000]) / len(self._lines[:1000])
+            shards = -(-num_tokens * len(self._lines) // self.num_tokens)
+            self.store.check_room(self._index_bytes + int(mean_bytes * min(shards, len(self._lines))), what)
+
+    def close(self) -> None:
+        """Unmap all shards, and close the store if it is the reader's own."""
+        self._shards.clear()
+        if self._owns_store:
+            self.store.close()
+
+    def _gather(self, starts: np.ndarray, length: int, out: np.ndarray) -> None:
+        # Numpy is called as seldom as can be: after each batch the caches are cold, and a call costs as much as a row.
+        index = self.index
+        chunks = index.token_start.searchsorted(starts, side="right")
+        whole = index.token_start[chunks] >= starts + length  # the next chunk begins after the window
+        chunks -= 1
+        if (index.token_start[chunks] > starts).any():
+            raise self._damaged_index()
+        rows: np.ndarray | None = None  # all
+        if not whole.all():
+            for row in np.flatnonzero(~whole).tolist():
+                chunk = int(chunks[row])
+                self._copy_across(out[row], chunk, int(starts[row] - index.token_start[chunk]))
+            rows = np.flatnonzero(whole)
+            chunks, starts = chunks[rows], starts[rows]
+            if not len(rows):
+                return
+        shifts = self._shifts[chunks]
+        if not shifts.all():
+            for chunk in np.unique(chunks[shifts == 0]).tolist():
+                self._look_at(chunk)
+            shifts = self._shifts[chunks]
+        shifts += starts
+        numbers = index.shard[chunks]
+        if numbers.max() == numbers.min():
+            self._copy_rows(int(numbers[0]), shifts, out, rows)
+            return
+        order = numbers.argsort(kind="stable")
+        numbers, positions = numbers[order], shifts[order]
+        rows = order if rows is None else rows[order]
+        ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(order)]
+        first = 0
+        for end in ends:
+            self._copy_rows(int(numbers[first]), positions[first:end], out, rows[first:end])
+            first = end
+
+    def _copy_rows(self, number: int, positions: np.ndarray, out: np.ndarray, rows: np.ndarray | None) -> None:
+        """Windows that begin at `positions` of one shard, into `rows` of `out`; None: into all of them."""
+        shard = self._shard(number)
+        length = out.shape[1]
+        count = len(positions)
+        if count < _FEW_ROWS:
+            places = range(count) if rows is None else rows.tolist()
+            for row, position in zip(places, positions.tolist(), strict=True):
+                out[row] = shard.flat[position : position + length]
+            return
+        runs = shard.runs(length)
+        if count <= _ROWS_AT_ONCE:
+            out[slice(None) if rows is None else rows] = runs[positions]
+            return
+        for first in range(0, count, _ROWS_AT_ONCE):
+            block = slice(first, first + _ROWS_AT_ONCE)
+            out[block if rows is None else rows[block]] = runs[positions[block]]
+
+    def _copy_across(self, out: np.ndarray, chunk: int, skip: int) -> None:
+        """A window that begins in `chunk` and goes on in the next ones."""
+        filled = 0
+        while filled < len(out):
+            piece = self.chunk_tokens(chunk)[skip : skip + len(out) - filled]
+            if not len(piece):  # only an index out of order leads here
+                raise self._damaged_index()
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            chunk, skip = chunk + 1, 0
+
+    def _readable(self, wanted: np.ndarray, sequence_length: int) -> np.ndarray:
+        """For each window the first one from it on, cyclically, that touches no unreadable shard."""
+        served = wanted.copy()
+        spans = [self._token_span(number) for number in self._unreadable]
+        for _ in range(2 * len(spans) + 2):  # each round passes a span, and the end is met at most once
+            touched = False
+            for first, end in spans:
+                starts = served * sequence_length
+                bad = (starts < end) & (starts + sequence_length >= first)
+                if bad.any():
+                    served[bad] = -(-end // sequence_length)
+                    touched = True
+            served[served >= (self.num_tokens - 1) // sequence_length] = 0
+            if not touched:
+                return served
+        raise CorpusError(f"No window of the {self.split} split of {self.corpus} can be read.{self._losses()}")
+
+    def _token_span(self, number: int) -> tuple[int, int]:
+        first = int(self.index.shard.searchsorted(np.uint32(number)))
+        end = int(self.index.shard.searchsorted(np.uint32(number), side="right"))
+        return int(self.index.token_start[first]), int(self.index.token_start[end])
+
+    def _pass_over(self, error: UnreadableShard) -> None:
+        """Do without a shard from now on. Raises CorpusError where too many are lost."""
+        self._shards.pop(error.number, None)
+        self._unreadable[error.number] = str(error)
+        allowed = self.store.settings.max_unreadable_shards
+        if len(self._unreadable) <= allowed:
+            return
+        if not allowed:
+            raise error
+        raise CorpusError(
+            f"{len(self._unreadable)} shards of the {self.split} split of {self.corpus} cannot be read; "
+            f"data.max_unreadable_shards is {allowed}.{self._losses()}"
+        ) from None
+
+    def _losses(self) -> str:
+        return "".join(f"\n  {message}" for message in self._unreadable.values())
+
     def _shard(self, number: int) -> _Shard:
         shard = self._shards.get(number)
-        if shard is None:
-            shard = self._shards[number] = _Shard(self._map_shard(number))
-            if len(self._shards) > MAX_OPEN_SHARDS:
-                self._shards.popitem(last=False)  # unmapped when the last array cut from it is gone
-        else:
+        if shard is not None and (not self.store.wants_ahead or self.store.use(shard.info)):
             self._shards.move_to_end(number)
+            return shard
+        if self.store.wants_ahead:  # room in the cache is free only when nobody maps the file any more
+            for other in [other for other, mapped in self._shards.items() if not self.store.holds(mapped.info)]:
+                del self._shards[other]
+        shard = self._shards[number] = self._map_shard(number)
+        if len(self._shards) > MAX_OPEN_SHARDS:
+            self._shards.popitem(last=False)  # unmapped when the last array cut from it is gone
         return shard
 
-    def _map_shard(self, number: int) -> mmap.mmap:
-        if number >= len(self._shard_infos):
-            raise CorpusError(f"The index of the {self.split} split of {self.corpus_dir} is damaged. {_REMEDY}")
-        info = self._shard_infos[number]
-        path = self.corpus_dir / info.file
+    def _map_shard(self, number: int) -> _Shard:
+        if number >= len(self._lines):
+            raise self._damaged_index()
+        info = self._lines[number]
+        where = self.store.shown(info.file)
         try:
-            with path.open("rb") as file:
+            with self._open_shard(info) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != info.bytes:
                     what = "truncated" if size < info.bytes else "not the file that was built"
-                    raise CorpusError(f"Shard {path} is {what}: {size:,} bytes, not {info.bytes:,}. {_REMEDY}")
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    raise UnreadableShard(
+                        number, f"Shard {where} is {what}: {size:,} bytes, not {info.bytes:,}. {_REMEDY}"
+                    )
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FetchFailed as error:
+            raise UnreadableShard(
+                number,
+                f"Shard {error} Put it back, or let the run go on without it: data.max_unreadable_shards.",
+            ) from error.__cause__
         except OSError as error:
-            raise CorpusError(f"Shard {path} cannot be read: {error.strerror}. {_REMEDY}") from None
+            raise UnreadableShard(number, f"Shard {where} cannot be read: {error.strerror}. {_REMEDY}") from None
+        return _Shard(info, mapped, self._dtype)
 
-    def _open_chunk(self, chunk: int, number: int, mapped: mmap.mmap) -> np.ndarray:
-        path = self.corpus_dir / self._shard_infos[number].file
+    def _open_shard(self, info: ShardInfo) -> BinaryIO:
+        while True:
+            path = self.store.path(info)
+            try:
+                return path.open("rb")
+            except FileNotFoundError:
+                # In a cache: evicted since the line above, for a rank that waited for room, or removed by hand.
+                if not self.store.refetch(info):
+                    raise
+
+    def _look_at(self, chunk: int) -> None:
+        """Find, and with `verify` check, a chunk before its first use."""
+        number = int(self.index.shard[chunk])
+        try:
+            self._shifts[chunk] = self._check_chunk(chunk, number, self._shard(number).mapped)
+        except UnreadableShard:
+            if number not in self._shards or not self.store.refetch(self._lines[number]):
+                raise
+            # The copy in the cache went bad on this disk: once more from its source.
+            del self._shards[number]
+            self._shifts[chunk] = self._check_chunk(chunk, number, self._shard(number).mapped)
+
+    def _check_chunk(self, chunk: int, number: int, mapped: mmap.mmap) -> int:
+        """The chunk's shift. Raises UnreadableShard."""
+        where = self.store.shown(self._lines[number].file)
         first = int(self.index.sample_offset[chunk])
         end = self.index.sample_end(chunk, len(mapped))
-        if self._verify and not self._checked[chunk]:
+        if self._verify:
             with memoryview(mapped) as view, view[first:end] as sample:
                 if chunk_digest(sample) != int(self.index.digest[chunk]):
-                    raise CorpusError(
-                        f"Shard {path} is damaged: chunk {chunk} (bytes {first:,} to {end:,}) is not what was "
-                        f"built. {_REMEDY}"
+                    raise UnreadableShard(
+                        number,
+                        f"Shard {where} is damaged: chunk {chunk} (bytes {first:,} to {end:,}) is not what was "
+                        f"built. {_REMEDY}",
                     )
-            self._checked[chunk] = 1
         count = int(self.index.token_start[chunk + 1] - self.index.token_start[chunk])
         data = npy_data_offset(mapped, int(self.index.tokens_offset[chunk]), self._dtype, count)
-        if data is None or data + count * self._dtype.itemsize > end:
-            raise CorpusError(
-                f"Shard {path} and the index disagree: chunk {chunk} should hold {count:,} tokens of {self._dtype}. "
-                f"{_REMEDY}"
+        itemsize = self._dtype.itemsize
+        if data is None or data + count * itemsize > end or data % itemsize:
+            raise UnreadableShard(
+                number,
+                f"Shard {where} and the index disagree: chunk {chunk} should hold {count:,} tokens of {self._dtype}. "
+                f"{_REMEDY}",
             )
-        return np.frombuffer(mapped, dtype=self._dtype, count=count, offset=data)
+        return data // itemsize - int(self.index.token_start[chunk])
+
+    def _damaged_index(self) -> CorpusError:
+        return CorpusError(f"The index of the {self.split} split of {self.corpus} is damaged. {_REMEDY}")
 
 
 def npy_data_offset(buffer: mmap.mmap, offset: int, dtype: np.dtype, count: int) -> int | None:

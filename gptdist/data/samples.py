@@ -57,15 +57,14 @@ class SampleSource:
         length = self.sequence_length
         if len(self._corpora) == 1:
             corpus = self._corpora[0]
-            for row, window in zip(rows, corpus.order.windows_of(samples).tolist(), strict=True):
-                corpus.reader.window(window, length, out=row)
+            corpus.reader.windows(corpus.order.windows_of(samples), length, rows)
             return
         numbers, positions = self.blend.of(samples)
         for number in np.unique(numbers).tolist():
             corpus = self._corpora[number]
             own = np.flatnonzero(numbers == number)
-            for row, window in zip(own.tolist(), corpus.order.windows_of(positions[own]).tolist(), strict=True):
-                corpus.reader.window(window, length, out=rows[row])
+            found = np.empty((len(own), length + 1), dtype=np.int64)
+            rows[own] = corpus.reader.windows(corpus.order.windows_of(positions[own]), length, found)
 
     def place(self, sample: int) -> Place:
         """What sample number `sample` trains on."""
@@ -83,7 +82,7 @@ class SampleSource:
         """
         counts: Sequence[int] | None = None
         for number, corpus in enumerate(self._corpora):
-            if not isinstance(corpus.order, LocalOrder) or not getattr(corpus.reader, "wants_ahead", False):
+            if not isinstance(corpus.order, LocalOrder) or not corpus.reader.wants_ahead:
                 continue
             counts = counts or self.blend.counts(sample)
             if counts[number] in self._asked_ahead[number]:
@@ -96,7 +95,7 @@ class SampleSource:
             ranges = [
                 (start * length, stop * length + 1) for start, stop in (*buffer.window_ranges, *following.window_ranges)
             ]
-            corpus.reader.fetch_ahead(ranges)  # type: ignore[attr-defined]
+            corpus.reader.fetch_ahead(ranges)
             self._asked_ahead[number] = range(buffer.first_sample, buffer.stop_sample)
 
     def epochs(self, samples: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from gptdist.data.store import Store, is_url, open_store
 from gptdist.errors import CorpusError
 
 BYTES_FORMAT = "gptdist-bytes"
@@ -37,29 +38,40 @@ class CorpusTokenizer:
         self._hf = hf
 
     @staticmethod
-    def load(path: Path, end_of_text: str | int | None = None) -> "CorpusTokenizer":
-        """The tokenizer of a corpus folder, of a folder with a `tokenizer.json`, or of such a file.
+    def load(path: Path | str, end_of_text: str | int | None = None) -> "CorpusTokenizer":
+        """The tokenizer of a corpus (folder or URL), of a folder with a `tokenizer.json`, or of such a file.
 
         Raises CorpusError where there is none, where it cannot be understood, or where it is not the corpus's own.
         """
+        if is_url(path):
+            return CorpusTokenizer.of_corpus(open_store(path))
         path = Path(path)
+        if (path / MANIFEST_FILE).is_file():
+            return CorpusTokenizer.of_corpus(open_store(path))
         file = path / TOKENIZER_FILE if path.is_dir() else path
-        manifest = Manifest.load(path) if (path / MANIFEST_FILE).is_file() else None
         try:
             content = file.read_bytes()
         except OSError as error:
             raise CorpusError(f"Tokenizer {file} cannot be read: {error.strerror}. Name a HF tokenizer.json.") from None
-        if manifest is None:
-            ending = end_of_text if end_of_text is not None else _configured_end_of_text(file.parent)
-            return CorpusTokenizer.parse(content, str(file), ending)
+        ending = end_of_text if end_of_text is not None else _configured_end_of_text(file.parent)
+        return CorpusTokenizer.parse(content, str(file), ending)
+
+    @staticmethod
+    def of_corpus(store: Store, manifest: Manifest | None = None) -> "CorpusTokenizer":
+        """The tokenizer that a corpus was built with. Raises CorpusError where what lies beside it is another."""
+        info = (manifest or Manifest.load(store)).tokenizer
+        where = store.shown(TOKENIZER_FILE)
+        try:
+            content = store.read(TOKENIZER_FILE)
+        except CorpusError as error:
+            raise CorpusError(f"The corpus has no tokenizer: {error} Put the corpus's own file back.") from None
         found = hashlib.sha256(content).hexdigest()
-        if found != manifest.tokenizer.sha256:
+        if found != info.sha256:
             raise CorpusError(
-                f"{file} is not the tokenizer that the corpus was built with: its sha256 is {found[:12]}..., the "
-                f"manifest says {manifest.tokenizer.sha256[:12]}.... Put the corpus's own file back, or build the "
-                "corpus again."
+                f"{where} is not the tokenizer that the corpus was built with: its sha256 is {found[:12]}..., the "
+                f"manifest says {info.sha256[:12]}.... Put the corpus's own file back, or build the corpus again."
             )
-        return CorpusTokenizer.parse(content, str(file), manifest.tokenizer.end_of_text)
+        return CorpusTokenizer.parse(content, where, info.end_of_text)
 
     @staticmethod
     def parse(content: bytes, where: str, end_of_text: str | int | None = None) -> "CorpusTokenizer":

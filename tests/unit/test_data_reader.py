@@ -114,7 +114,7 @@ def test_a_folder_that_is_no_corpus_is_said_to_be_none(corpus: Path, tmp_path: P
     changes: dict[str, tuple[str, str]] = {
         "is not JSON": (whole, whole[:-20]),
         "format is 'tar'": ("gptdist-corpus", "tar"),
-        "format version 2": ('"version": 1', '"version": 2'),
+        "format version 1": ('"version": 2', '"version": 1'),
         "checksum does not fit": ('"vocab_size": 257', '"vocab_size": 258'),
     }
     for message, (old, new) in changes.items():
@@ -126,9 +126,9 @@ def test_a_folder_that_is_no_corpus_is_said_to_be_none(corpus: Path, tmp_path: P
 def test_a_manifest_cannot_point_outside(corpus: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(corpus)
     for name in ("../train-00000.tar", "/etc/passwd", "a\\b", "..", ""):
-        content = manifest.render().replace(b'"train-00000.tar"', json.dumps(name).encode())
+        content = manifest.render().replace(b"train-00000.tar", json.dumps(name)[1:-1].encode())
         (tmp_path / "manifest.json").write_bytes(resealed(content))
-        with pytest.raises(CorpusError, match="not a plain name"):
+        with pytest.raises(CorpusError, match="plain name"):
             Manifest.load(tmp_path)
     for old, new in ((b'"tokens": ', b'"tokens": -'), (b'"dtype": "uint16"', b'"dtype": "object"')):
         (tmp_path / "manifest.json").write_bytes(resealed(manifest.render().replace(old, new, 1)))
