@@ -11,6 +11,7 @@ the measured samples need are on disk, all alike. Goals: below 0.1 s to open, be
 import argparse
 import hashlib
 import json
+import os
 import random
 import resource
 import shutil

@@ -28,7 +28,7 @@ from data_tools.statistics import BuildStatistics
 from data_tools.tasks import read_documents, sample_documents, write_one_shard
 from data_tools.team import Alone, Task, Team
 from data_tools.tokenizing import check_sample, check_tokenizer, train_tokenizer
-from data_tools.work import WorkFolder
+from data_tools.work import WorkFolder, write_durably
 from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError, GptdistError, StorageError
@@ -85,9 +85,10 @@ def build_corpus(
     `tokenizer`: a HF tokenizer.json or a folder with one, `tiktoken:NAME`, `train:SIZE`, or `bytes`. With
     `validation_sources` these validate and the fraction plays no part. `decontaminate`: evaluation files whose passages
     are cut out. `piece_bytes`: how much text a worker holds; None: 32 to 256 MB, by the size of the corpus, which does
-    not depend on it. `options` are those of `BuildOptions`. A build that was killed goes on where it was. None where other
-    parts are still at it. Raises CorpusError for what is wrong with the sources, StorageError where `out_dir` cannot be
-    written, WorkerFailed where a worker died.
+    not depend on it. `options` are those of `BuildOptions`. A build that was killed goes on where it was.
+
+    None where other parts are still at it. Raises CorpusError for what is wrong with the sources, StorageError where
+    `out_dir` cannot be written, WorkerFailed where a worker died.
     """
     out_dir = Path(out_dir)
     ready = check_tokenizer(tokenizer, options.get("end_of_text"))
@@ -201,7 +202,7 @@ class _Build:
             texts = self._some_texts()
             check_sample(self.spec, tokenizer, texts)
             encoder, said = choose_encoder(tokenizer, texts, self.fast)
-            self.work.write(self.work.corpus / TOKENIZER_FILE, tokenizer.content)
+            write_durably(self.work.corpus / TOKENIZER_FILE, tokenizer.content)
             return {"end_of_text": tokenizer.end_of_text, "fast": encoder.fast, "said": said}
 
         state = self._once(_TOKENIZER_STATE, make)

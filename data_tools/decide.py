@@ -8,10 +8,13 @@ import numpy as np
 
 from data_tools.arrange import HASH_RANGE, Choice, split_bound
 from data_tools.job import Decisions, OpenJob
-from data_tools.runs import read_columns
+from data_tools.runs import map_columns, read_columns
 from gptdist.errors import CorpusError
 
 _LIMIT_BINS = 1 << 12
+# What a document and a chunk take in a shard beside tokens and key: an end, quotes and a comma; headers and padding.
+_DOCUMENT_BYTES = 12
+_CHUNK_BYTES = 2560
 _BIN_SHIFT = np.uint64(64 - 12)
 
 
@@ -26,23 +29,28 @@ def decide(build: OpenJob) -> Decisions:
     limit = HASH_RANGE if options.max_bytes is None else _order_limit(build, options.max_bytes)
     held_out_given = bool(build.plan.held_out)
     bound = 0 if held_out_given else split_bound(options.validation_fraction, *_extremes(build, limit))
-    tokens = {"train": 0, "validation": 0}
+    sizes = {"train": 0, "validation": 0}
     outside = np.zeros((len(build.plan.sources), 2), dtype=np.int64)
     for run, held_out in build.runs:
-        columns = read_columns(build.work.path / run, ["order", "split", "token_ends", "source", "text_bytes"])
+        columns = read_columns(
+            build.work.path / run, ["order", "split", "token_ends", "key_ends", "source", "text_bytes"]
+        )
         choice = Choice(limit, HASH_RANGE if held_out else bound)
-        lengths = np.diff(columns["token_ends"], prepend=0)
+        lengths = np.diff(columns["token_ends"], prepend=0) * build.dtype.itemsize
+        lengths += np.diff(columns["key_ends"], prepend=0) + _DOCUMENT_BYTES
         inside = _below(columns["order"], HASH_RANGE if held_out else limit)
         aside = choice.held_out(columns["split"])
         np.add.at(outside[:, 0], columns["source"][~inside], 1)
         np.add.at(outside[:, 1], columns["source"][~inside], columns["text_bytes"][~inside])
-        tokens["train"] += int(lengths[inside & ~aside].sum())
-        tokens["validation"] += int(lengths[inside & aside].sum())
-    per_shard = max(1, options.shard_bytes // build.dtype.itemsize)
+        sizes["train"] += int(lengths[inside & ~aside].sum())
+        sizes["validation"] += int(lengths[inside & aside].sum())
+    chunk_bytes = options.chunk_tokens * build.dtype.itemsize
+    for split, size in sizes.items():
+        sizes[split] = size + -(-size // chunk_bytes) * _CHUNK_BYTES
     return Decisions(
         order_limit=limit,
         split_bound=bound,
-        shards={split: -(-count // per_shard) for split, count in tokens.items()},
+        shards={split: -(-size // options.shard_bytes) for split, size in sizes.items()},
         over_limit=[[source, *counts] for source, counts in enumerate(outside.tolist()) if counts[0]],
     )
 

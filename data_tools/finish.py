@@ -10,6 +10,7 @@ from data_tools.job import OpenJob
 from data_tools.report import CorpusReport, render_html, render_report
 from data_tools.shards import CHUNK_COLUMNS
 from data_tools.statistics import BuildStatistics
+from data_tools.work import write_durably
 from gptdist.data.chunk_index import ChunkRecord, render_index
 from gptdist.data.manifest import (
     MANIFEST_FILE,
@@ -50,9 +51,9 @@ def finish_corpus(build: OpenJob) -> tuple[Manifest, BuildStatistics]:
     )
     name = hashlib.sha256(manifest.render()).hexdigest()[:12]
     report = CorpusReport.of(name, manifest, build.plan.identity()["options"], statistics)
-    build.work.write(build.work.corpus / REPORT_FILE, render_report(report))
-    build.work.write(build.work.corpus / REPORT_PAGE, render_html(report))
-    build.work.write(build.work.corpus / MANIFEST_FILE, manifest.render())
+    write_durably(build.work.corpus / REPORT_FILE, render_report(report))
+    write_durably(build.work.corpus / REPORT_PAGE, render_html(report))
+    write_durably(build.work.corpus / MANIFEST_FILE, manifest.render())
     build.work.finish()
     return manifest, statistics
 
@@ -65,7 +66,7 @@ def _finish_split(build: OpenJob, split: str, results: list[dict[str, Any]]) -> 
         for chunk in result["chunks"]
     ]
     content = render_index(records)
-    build.work.write(build.work.corpus / f"{split}.index", content)
+    write_durably(build.work.corpus / f"{split}.index", content)
     shards = tuple(ShardInfo(**result["info"]) for result in written)
     return SplitInfo(
         tokens=sum(shard.tokens for shard in shards),

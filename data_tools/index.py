@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.shards import chunk_key, write_durably
+from data_tools.shards import chunk_key
 from data_tools.tar_members import ChunkContent, ShardFile
 from data_tools.team import Alone, LocalTeam, Team
 from data_tools.verify import content_problems
+from data_tools.work import write_durably
 from gptdist.data.chunk_index import ChunkRecord, render_index
 from gptdist.data.digest import chunk_digest, file_sha256
 from gptdist.data.manifest import (
@@ -260,13 +260,9 @@ def _write(corpus_dir: Path, contents: dict[str, bytes]) -> None:
     """Replace each file whole or not at all; the manifest comes last."""
     for name, content in contents.items():
         path = corpus_dir / name
-        temporary = corpus_dir / f".tmp-{name}"
         try:
-            write_durably(temporary, content)
-            os.replace(temporary, path)
+            write_durably(path, content)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise StorageError(f"{path} could not be written: {error.strerror}.") from error
     folder = os.open(corpus_dir, os.O_RDONLY)
     try:

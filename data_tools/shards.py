@@ -1,26 +1,26 @@
 """Writes one shard: documents in, a WebDataset tar of chunks out, byte for byte the same every time.
 
-The only importer of webdataset. Knows how a chunk lies in a tar; does not know where documents come from or in which
-order.
+Knows how a chunk lies in a tar; does not know where documents come from or in which order. The tar is the standard
+library's: webdataset's writer is a thin layer over that, and importing it loads torch, a second and 220 MB in each
+worker.
 """
 
 import hashlib
 import json
 import os
+import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from data_tools.work import temporary_path
 from gptdist.data.manifest import ShardInfo
 
-_TAR_BLOCK = 512
 _NPY_HEADER_BYTES = 128
-_BUFFER_BYTES = 1 << 20
 
 # The columns of `WrittenShard.chunks`.
 CHUNK_COLUMNS = ("tokens", "documents", "sample_offset", "tokens_offset", "digest")
@@ -71,34 +71,37 @@ class _OpenShard:
     def __init__(self, path: Path, key_prefix: str, dtype: np.dtype) -> None:
         self._key_prefix = key_prefix
         self._dtype = dtype
-        self._bytes = 0
         self._rows: list[tuple[int, int, int, int]] = []
-        self._digests: list[int] = []
         self._file = _HashedFile(path)
-        self._tar = TarWriter(self._file, encoder=False, mtime=0, user="gptdist", group="gptdist", mode=0o444)
 
     def write_chunk(self, keys: list[str], documents: list[np.ndarray]) -> None:
         ends = np.cumsum([len(tokens) for tokens in documents], dtype="<i8")
-        members = {
-            "docs.npy": npy_bytes(ends),
-            "json": json.dumps({"documents": keys}).encode(),
-            "tokens.npy": npy_bytes(np.concatenate(documents).astype(self._dtype, copy=False)),
-        }
-        sample_offset = tokens_offset = self._bytes
-        for name in sorted(members):  # the order in which TarWriter writes them
-            if name == "tokens.npy":
-                tokens_offset = self._bytes + _TAR_BLOCK
-            self._bytes += _member_bytes(members[name])
-        self._file.mark(sample_offset)
-        self._tar.write({"__key__": chunk_key(self._key_prefix, len(self._rows)), **members})
+        tokens = np.concatenate(documents).astype(self._dtype, copy=False)
+        key = chunk_key(self._key_prefix, len(self._rows))
+        sample_offset = self._file.size
+        self._file.begin_chunk()
+        self._write_member(f"{key}.docs.npy", npy_header(ends), ends.tobytes())
+        self._write_member(f"{key}.json", json.dumps({"documents": keys}).encode())
+        tokens_offset = self._file.size + tarfile.BLOCKSIZE
+        self._write_member(f"{key}.tokens.npy", npy_header(tokens), tokens.data.cast("B"))
         self._rows.append((int(ends[-1]), len(keys), sample_offset, tokens_offset))
+
+    def _write_member(self, name: str, *parts: bytes | memoryview) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = sum(len(part) for part in parts)
+        member.mode, member.uname, member.gname = 0o444, "gptdist", "gptdist"
+        self._file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        for part in parts:
+            self._file.write(part)
+        self._file.write(bytes(-member.size % tarfile.BLOCKSIZE))
 
     def drop(self) -> None:
         """Close the file as it is, after an error."""
         self._file.drop()
 
     def close(self, name: str) -> WrittenShard:
-        self._tar.close()
+        end = self._file.size + 2 * tarfile.BLOCKSIZE  # two empty blocks, and the record that they lie in
+        self._file.write(bytes(end - self._file.size + -end % tarfile.RECORDSIZE))
         size, sha256, digests = self._file.close_durably()
         chunks = np.empty((len(self._rows), len(CHUNK_COLUMNS)), dtype=np.uint64)
         chunks[:, :4] = self._rows
@@ -108,70 +111,34 @@ class _OpenShard:
 
 
 class _HashedFile:
-    """The file under a tar: hashes what is written, as a whole and from mark to mark.
-
-    After a failed write it takes no more: a tar that is dropped writes its end, which would fail again, aloud, in front
-    of the error that matters.
-    """
+    """The file under a tar: hashes what is written, as a whole and chunk by chunk; the last chunk has the tar's end."""
 
     def __init__(self, path: Path) -> None:
+        self.size = 0
         self._file = path.open("wb")
-        self._failed = False
-        self._buffer = bytearray()
-        self._size = 0
         self._sha256 = hashlib.sha256()
-        self._marks: list[int] = []
-        self._chunk = hashlib.blake2b(digest_size=8)
-        self._digests: list[int] = []
+        self._chunks: list[Any] = []
 
-    def mark(self, offset: int) -> None:
-        """A chunk begins at byte `offset`, which may not have been written yet."""
-        self._marks.append(offset)
+    def begin_chunk(self) -> None:
+        self._chunks.append(hashlib.blake2b(digest_size=8))
 
-    def write(self, data: bytes) -> int:
-        if not self._failed:
-            self._buffer += data
-            if len(self._buffer) >= _BUFFER_BYTES:
-                self._flush()
-        return len(data)
-
-    def _flush(self) -> None:
-        """Everything in the buffer, cut at the marks within it."""
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        start = 0
-        while self._marks and self._marks[0] < self._size + len(data):
-            cut = self._marks.pop(0) - self._size
-            self._chunk.update(data[start:cut])
-            if self._size + cut:
-                self._end_chunk()
-            start = cut
-        self._chunk.update(memoryview(data)[start:])
+    def write(self, data: bytes | memoryview) -> None:
         self._sha256.update(data)
-        self._size += len(data)
-        try:
-            self._file.write(data)
-        except OSError:
-            self._failed = True
-            raise
-
-    def _end_chunk(self) -> None:
-        self._digests.append(int.from_bytes(self._chunk.digest(), "little"))
-        self._chunk = hashlib.blake2b(digest_size=8)
+        self._chunks[-1].update(data)
+        self._file.write(data)
+        self.size += len(data)
 
     def drop(self) -> None:
-        self._failed = True
-        with suppress(OSError):
+        with suppress(OSError):  # what is not yet written may have no room either
             self._file.close()
 
     def close_durably(self) -> tuple[int, str, list[int]]:
         """Wait until all is on the disk; returns size, sha256 and the chunks' digests (`chunk_digest` of each)."""
-        self._flush()
-        self._end_chunk()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return self._size, self._sha256.hexdigest(), self._digests
+        digests = [int.from_bytes(chunk.digest(), "little") for chunk in self._chunks]
+        return self.size, self._sha256.hexdigest(), digests
 
 
 def chunk_key(prefix: str, number: int) -> str:
@@ -179,24 +146,11 @@ def chunk_key(prefix: str, number: int) -> str:
     return f"{prefix}-{number:05d}"
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    """A one-dimensional array as an npy file of version 1.0.
+def npy_header(array: np.ndarray) -> bytes:
+    """What goes before a one-dimensional array's data in an npy file of version 1.0.
 
     numpy's own writer pads its header differently from version to version; shards must not change with numpy.
     """
     header = repr({"descr": array.dtype.str, "fortran_order": False, "shape": array.shape})
     prefix = b"\x93NUMPY\x01\x00" + (_NPY_HEADER_BYTES - 10).to_bytes(2, "little")
-    return prefix + header.ljust(_NPY_HEADER_BYTES - 11).encode() + b"\n" + array.tobytes()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _member_bytes(content: bytes) -> int:
-    """Room of a member in a tar: its header, its content, and the padding."""
-    return _TAR_BLOCK + -(-len(content) // _TAR_BLOCK) * _TAR_BLOCK
+    return prefix + header.ljust(_NPY_HEADER_BYTES - 11).encode() + b"\n"

@@ -108,7 +108,7 @@ class WorkFolder:
 
     def save(self, name: str, value: Any) -> None:
         """A JSON file, whole or not at all; for its owner's eyes only, since URLs of sources can hold credentials."""
-        self.write(self.path / name, json.dumps(value).encode(), mode=0o600)
+        write_durably(self.path / name, json.dumps(value).encode(), mode=0o600)
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
@@ -129,19 +129,6 @@ class WorkFolder:
             return json.loads((self.path / name).read_bytes())
         except FileNotFoundError:
             return None
-
-    def write(self, path: Path, content: bytes, mode: int = 0o666) -> None:
-        """A file, whole or not at all, on the disk when this returns."""
-        temporary = temporary_path(path)
-        try:
-            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def wait_for(self, missing: Callable[[], list[str]], what: str, limit_seconds: float) -> None:
         """Wait until other parts have made what is `missing()`; gives up when nothing has come for so long."""
@@ -200,6 +187,20 @@ class WorkFolder:
 def temporary_path(path: Path) -> Path:
     """A name beside `path` for what is not finished: this process's own, among all nodes that share the folder."""
     return path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
+
+
+def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """A file, whole or not at all, on the disk when this returns."""
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -60,10 +60,14 @@ class RunData:
     validation: Mapping[str, TokenReader]
     stores: Mapping[str, Store]
 
-    def close(self) -> None:
-        """Stop fetching, and let files go."""
+    def stop_fetching(self) -> None:
+        """Whoever waits for a file from now on gets an error."""
         for store in self.stores.values():
             store.close()
+
+    def close(self) -> None:
+        """Let all files go."""
+        self.stop_fetching()
         for reader in (*self.train.values(), *self.validation.values()):
             reader.close()
 
@@ -153,7 +157,7 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
                 loop = _build_loop(config, layout, engine, comms, data, loader, progress, sinks)
                 stopped = loop.run()
         finally:
-            data.close()  # a fetch that the reading thread waits for ends here
+            data.stop_fetching()  # the reading thread may be waiting for a shard
             loader.close()
         if comms.is_first:
             where = checkpoints_dir(config)

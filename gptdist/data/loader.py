@@ -18,6 +18,9 @@ from gptdist.data.reader import TokenReader
 from gptdist.data.samples import SampleSource
 from gptdist.errors import ConfigError
 
+# A look at the order costs as much for a few hundred samples as for one.
+_SAMPLES_LOCATED_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class LoadedBatch:
@@ -85,15 +88,35 @@ class BatchLoader:
             self._run = None
 
     def _batches(self, sample: int, batch_size_at: Callable[[int], int]) -> Iterator[_Ready]:
+        length = self.source.sequence_length + 1
         while True:
+            ahead = self._samples_ahead(sample, batch_size_at)
+            located = self.source.locate(np.concatenate([samples.ravel() for _, samples in ahead]))
+            done = 0
+            for size, samples in ahead:
+                tokens = np.empty((*samples.shape, length), dtype=np.int64)
+                self.source.prepare(sample)
+                self.source.read(located[done : done + samples.size], tokens.reshape(-1, length))
+                yield _Ready(sample, size, torch.from_numpy(tokens))
+                sample += size
+                done += samples.size
+
+    def _samples_ahead(self, sample: int, batch_size_at: Callable[[int], int]) -> list[tuple[int, np.ndarray]]:
+        """(size, this data rank's samples) of the next global batches: as many as make a look at the order pay."""
+        ahead: list[tuple[int, np.ndarray]] = []
+        count = 0
+        while count < _SAMPLES_LOCATED_AT_ONCE:
             size = batch_size_at(sample)
-            samples = micro_batches(sample, size, self._micro_batch_size, self._data_rank, self._data_size)
-            length = self.source.sequence_length + 1
-            tokens = np.empty((*samples.shape, length), dtype=np.int64)
-            self.source.prepare(sample)
-            self.source.read(samples.ravel(), tokens.reshape(-1, length))
-            yield _Ready(sample, size, torch.from_numpy(tokens))
+            try:
+                own = micro_batches(sample, size, self._micro_batch_size, self._data_rank, self._data_size)
+            except ConfigError:
+                if ahead:
+                    break  # the batches before it are good: it is raised when its turn comes
+                raise
+            ahead.append((size, own))
             sample += size
+            count += own.size
+        return ahead
 
 
 class _Prefetch:

@@ -358,12 +358,16 @@ class TokenReader:
         end = self.index.sample_end(chunk, len(mapped))
         if self._verify:
             with memoryview(mapped) as view, view[first:end] as sample:
-                if chunk_digest(sample) != int(self.index.digest[chunk]):
-                    raise UnreadableShard(
-                        number,
-                        f"Shard {where} is damaged: chunk {chunk} (bytes {first:,} to {end:,}) is not what was "
-                        f"built. {_REMEDY}",
-                    )
+                digest = chunk_digest(sample)
+            if digest != int(self.index.digest[chunk]):
+                raise UnreadableShard(
+                    number,
+                    f"Shard {where} is damaged: chunk {chunk} (bytes {first:,} to {end:,}) is not what was built. "
+                    f"{_REMEDY}",
+                )
+            # Little of a chunk is read soon again: let its pages go from this process's memory, not from the cache.
+            page = first - first % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
         count = int(self.index.token_start[chunk + 1] - self.index.token_start[chunk])
         data = npy_data_offset(mapped, int(self.index.tokens_offset[chunk]), self._dtype, count)
         itemsize = self._dtype.itemsize

@@ -26,6 +26,17 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Located:
+    """Where samples are: the number of each one's corpus in the blend, and its window there. int64 [count] each."""
+
+    corpora: np.ndarray
+    windows: np.ndarray
+
+    def __getitem__(self, chosen: slice) -> "Located":
+        return Located(self.corpora[chosen], self.windows[chosen])
+
+
+@dataclass(frozen=True)
 class _Corpus:
     reader: TokenReader
     order: ShuffleOrder
@@ -52,19 +63,27 @@ class SampleSource:
         # By corpus: the samples (of that corpus) whose windows, and those of the next buffer, were asked for.
         self._asked_ahead = [range(0)] * len(self._corpora)
 
-    def read(self, samples: np.ndarray, rows: np.ndarray) -> None:
-        """Write the tokens of `samples` [count] into `rows`, int64 [count, sequence_length + 1]."""
+    def locate(self, samples: np.ndarray) -> "Located":
+        """Which windows of which corpora `samples` [count] are. Some thousand at a time cost little more than one."""
+        if len(self._corpora) == 1:
+            return Located(np.zeros(len(samples), dtype=np.int64), self._corpora[0].order.windows_of(samples))
+        numbers, positions = self.blend.of(samples)
+        windows = np.empty_like(positions)
+        for number in np.unique(numbers).tolist():
+            own = numbers == number
+            windows[own] = self._corpora[number].order.windows_of(positions[own])
+        return Located(numbers, windows)
+
+    def read(self, located: "Located", rows: np.ndarray) -> None:
+        """Write the tokens of located samples into `rows`, int64 [count, sequence_length + 1]."""
         length = self.sequence_length
         if len(self._corpora) == 1:
-            corpus = self._corpora[0]
-            corpus.reader.windows(corpus.order.windows_of(samples), length, rows)
+            self._corpora[0].reader.windows(located.windows, length, rows)
             return
-        numbers, positions = self.blend.of(samples)
-        for number in np.unique(numbers).tolist():
-            corpus = self._corpora[number]
-            own = np.flatnonzero(numbers == number)
+        for number in np.unique(located.corpora).tolist():
+            own = np.flatnonzero(located.corpora == number)
             found = np.empty((len(own), length + 1), dtype=np.int64)
-            rows[own] = corpus.reader.windows(corpus.order.windows_of(positions[own]), length, found)
+            rows[own] = self._corpora[number].reader.windows(located.windows[own], length, found)
 
     def place(self, sample: int) -> Place:
         """What sample number `sample` trains on."""
@@ -97,6 +116,15 @@ class SampleSource:
             ]
             corpus.reader.fetch_ahead(ranges)
             self._asked_ahead[number] = range(buffer.first_sample, buffer.stop_sample)
+
+    def passed_over(self) -> dict[str, float]:
+        """What this process could not read and replaced, for the metrics; nothing where all is well."""
+        readers = [corpus.reader for corpus in self._corpora]
+        counts = {
+            "data/unreadable_shards": sum(reader.unreadable_shards for reader in readers),
+            "data/replaced_windows": sum(reader.replaced_windows for reader in readers),
+        }
+        return {name: float(count) for name, count in counts.items() if count}
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each corpus has been read through once `samples` samples are consumed."""

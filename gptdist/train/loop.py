@@ -123,6 +123,7 @@ class TrainLoop:
             "memory/bytes": float(memory_bytes(self.engine.network.device.type)),
             **self.throughput.interval(remaining),
             **epoch_values(self.loader.source, progress.samples),
+            **self.loader.source.passed_over(),
         }
         if self._skips.total:
             values["train/skipped_steps"] = float(self._skips.total)

@@ -282,7 +282,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
         lambda d: {"sources": [file_of(d, "x.jsonl", b'{"text": "a"}\n{"text": \n')]},
         r"x\.jsonl at byte offset 14 is not JSON.*--on-bad-text skip",
     ),
-    "deep JSON": (lambda d: {"sources": [file_of(d, "x.jsonl", b"[" * 200_000)]}, r"x\.jsonl at byte offset 0 is not JSON"),
+    "deep JSON": (
+        lambda d: {"sources": [file_of(d, "x.jsonl", b"[" * 200_000)]},
+        r"x\.jsonl at byte offset 0 is not JSON",
+    ),
     "JSON list": (
         lambda d: {"sources": [file_of(d, "x.jsonl", b"[1]\n")]},
         r"x\.jsonl at byte offset 0 is a JSON list, not an object",
@@ -299,7 +302,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
         lambda d: {"sources": [file_of(d, "x.jsonl", b'{"text": "\\ud800"}\n')]},
         r"x\.jsonl at byte offset 0 spells half of a surrogate pair",
     ),
-    "compressed": (lambda d: {"sources": [file_of(d, "x.jsonl.gz", b"..")]}, r"x\.jsonl\.gz cannot be read: not a gzipped file"),
+    "compressed": (
+        lambda d: {"sources": [file_of(d, "x.jsonl.gz", b"..")]},
+        r"x\.jsonl\.gz cannot be read: not a gzipped file",
+    ),
     "tokenizer nowhere": (
         lambda d: {"tokenizer": str(d / "t.json")},
         r"Tokenizer .*t\.json' does not exist.*train:SIZE",
@@ -316,7 +322,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
         lambda d: {"tokenizer": str(file_of(d, "t.json", b'{"model": {"type": "none"}}'))},
         r"t\.json is not a tokenizer that",
     ),
-    "folder without tokenizer": (lambda d: {"tokenizer": str(folder_of(d))}, r"should have a tokenizer\.json and has none"),
+    "folder without tokenizer": (
+        lambda d: {"tokenizer": str(folder_of(d))},
+        r"should have a tokenizer\.json and has none",
+    ),
     "size too small": (lambda d: {"tokenizer": "train:100"}, r"'train:100'.*at least 257"),
     "size no number": (lambda d: {"tokenizer": "train:many"}, r"'train:many'.*must be a number"),
     "fraction": (lambda d: {"validation_fraction": 1.0}, r"fraction is 1\.0.*below 1"),

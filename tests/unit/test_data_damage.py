@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.build import build_corpus
 from data_tools.index import rebuild_index
-from data_tools.shards import npy_bytes, write_shard
+from data_tools.shards import npy_header, write_shard
 from data_tools.show import render_corpus
 from data_tools.tar_members import ShardFile
 from data_tools.verify import verify_corpus
@@ -187,6 +187,10 @@ def member(name: str, content: bytes = b"x", **fields: object) -> tuple[tarfile.
     for field, value in fields.items():
         setattr(info, field, value)
     return info, content
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    return npy_header(array) + array.tobytes()
 
 
 PICKLED = io.BytesIO()

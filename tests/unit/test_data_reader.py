@@ -351,13 +351,15 @@ def test_another_tokenizer_and_its_end_of_text(tmp_path: Path) -> None:
         build_corpus([tmp_path / "a.txt"], tmp_path / "c", str(folder))
     with pytest.raises(CorpusError, match="no token '<stop>' to end documents"):
         build_corpus([tmp_path / "a.txt"], tmp_path / "c", str(folder), end_of_text="<stop>")
-    manifest = build_corpus([tmp_path / "a.txt"], tmp_path / "c", str(folder), end_of_text="<end>")
+    build_corpus([tmp_path / "a.txt"], tmp_path / "c", str(folder), end_of_text="<end>")
+    manifest = Manifest.load(tmp_path / "c")
     assert (manifest.dtype, manifest.tokenizer.vocab_size) == ("uint32", 70_001)
     reader = TokenReader(tmp_path / "c", "train")
     assert next(reader.chunks()).tolist() == [0, 1, 0, 1, 0, 70_000]  # not cut off after two
     assert CorpusTokenizer.load(tmp_path / "c").end_of_text == 70_000
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
-    assert build_corpus([tmp_path / "a.txt"], tmp_path / "d", str(folder)).tokenizer.end_of_text == 70_000
+    build_corpus([tmp_path / "a.txt"], tmp_path / "d", str(folder))
+    assert Manifest.load(tmp_path / "d").tokenizer.end_of_text == 70_000
     for name in ("train-00000.tar", "train.index", "tokenizer.json"):
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
 

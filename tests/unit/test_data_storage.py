@@ -5,7 +5,6 @@ import errno
 import fcntl
 import hashlib
 import http.server
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.build import build_corpus
 from gptdist.data import fetch
 from gptdist.data.cache import NodeCache, default_folder
 from gptdist.data.fetch import FetchFailed, Remote, file_url, is_permanent, reason_of, without_secrets
@@ -31,6 +29,7 @@ from gptdist.data.reader import TokenReader
 from gptdist.data.store import CachedStore, LocalStore, Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError, StorageError
+from tests.unit.corpora import write_corpus
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
 
@@ -42,10 +41,9 @@ ROOT = Path(__file__).parents[2]
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     lines = [f"{index}: " + hashlib.sha256(str(index).encode()).hexdigest() for index in range(600)]
-    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    build_corpus(
-        [folder / "lines.jsonl"], folder / "c", "bytes", chunk_tokens=300, shard_bytes=20_000, validation_fraction=0.1
-    )
+    documents = [np.frombuffer(line.encode(), dtype=np.uint8) for line in lines]
+    splits = {"train": documents[:540], "validation": documents[540:]}
+    write_corpus(folder / "c", splits, chunk_tokens=300, shard_documents=20)  # 27 shards of equal size
     return folder / "c"
 
 
@@ -555,7 +553,8 @@ def test_the_cache_keeps_its_bound_while_all_is_read(
         for first in range(0, len(expected) - 16, 16):
             reader.fetch_ahead([(index * CONTEXT, (index + 1) * CONTEXT + 1) for index in range(first, first + 200)])
             assert np.array_equal(reader.windows(range(first, first + 16), CONTEXT, out), expected[first : first + 16])
-            assert store._cache.used_bytes() <= size
+            with store._cache._room_locked():  # a listing is no snapshot: a file that is just renamed is seen twice
+                assert min(store._cache.used_bytes() for _ in range(3)) <= size
         assert len(reader._shards) <= shards_that_fit + 1
         assert store.fetched_files <= 1 + 3 * len(info.shards)
 

@@ -34,16 +34,17 @@ class CountingReader:
 
     def __init__(self, mark: int, num_windows: int, wants_ahead: bool = False) -> None:
         self.mark = mark
-        self.windows = num_windows
+        self._count = num_windows
         self.wants_ahead = wants_ahead
         self.asked: list[list[tuple[int, int]]] = []
 
     def num_windows(self, sequence_length: int) -> int:
-        return self.windows
+        return self._count
 
-    def window(self, index: int, sequence_length: int, out: np.ndarray) -> None:
+    def windows(self, indices: np.ndarray, sequence_length: int, out: np.ndarray) -> np.ndarray:
         out[:] = -1
-        out[:2] = self.mark, index
+        out[:, 0], out[:, 1] = self.mark, indices
+        return out
 
     def fetch_ahead(self, token_ranges: Sequence[tuple[int, int]]) -> None:
         self.asked.append(list(token_ranges))
@@ -53,8 +54,8 @@ def source_of(sizes: Sequence[int], phases: Sequence[Phase], seed: int, local: t
     """Corpora "0", "1", ... of these sizes."""
     readers: Any = {str(mark): CountingReader(mark, size) for mark, size in enumerate(sizes)}
     orders = {
-        name: LocalOrder(seed, reader.windows, *local) if local else WindowOrder(seed, reader.windows)
-        for name, reader in readers.items()
+        str(mark): LocalOrder(seed, size, *local) if local else WindowOrder(seed, size)
+        for mark, size in enumerate(sizes)
     }
     return SampleSource(readers, orders, BlendOrder(phases), CONTEXT)
 
@@ -88,7 +89,7 @@ def rows_of(source: SampleSource, first: int, batch: int, micro: int, data_size:
     for data_rank in range(data_size):
         samples = micro_batches(first, batch, micro, data_rank, data_size)
         tokens = np.empty((*samples.shape, CONTEXT + 1), dtype=np.int64)
-        source.read(samples.ravel(), tokens.reshape(-1, CONTEXT + 1))
+        source.read(source.locate(samples.ravel()), tokens.reshape(-1, CONTEXT + 1))
         parts.append(tokens)
     together = np.stack(parts, axis=1).reshape(batch, CONTEXT + 1)
     return [(mark, window) for mark, window in together[:, :2].tolist()]
@@ -215,7 +216,7 @@ def test_the_first_batch_at_sample_10_9_is_there_in_no_time(folder: Path) -> Non
         started = time.perf_counter()
         source = build_source(data, open_corpora(data, "train"), 32)
         rows = np.empty((64, 33), dtype=np.int64)
-        source.read(np.arange(10**9, 10**9 + 64), rows)
+        source.read(source.locate(np.arange(10**9, 10**9 + 64)), rows)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.1
 
