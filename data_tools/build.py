@@ -20,7 +20,7 @@ from data_tools.fast_tokenizing import choose_encoder
 from data_tools.finish import finish_corpus
 from data_tools.formats import read_piece
 from data_tools.gram_tasks import collect_grams, count_grams, find_common
-from data_tools.job import COMMON_FILE, DECISIONS_FILE, Job, open_job
+from data_tools.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE, Job, open_job
 from data_tools.pieces import Piece
 from data_tools.plan import BuildOptions, Plan, make_plan
 from data_tools.progress import NoProgress, Progress
@@ -38,7 +38,6 @@ TOKENIZER_SAMPLE_BYTES = 32 << 20
 # Text on which the fast tokenizer must agree with the reference before it is used.
 CHECK_SAMPLE_BYTES = 256 << 10
 
-_TOKENIZER_STATE = "tokenizer.json"
 # No tokenizer packs text tighter than this in practice: a bound that refuses only what cannot fit.
 _MOST_BYTES_PER_TOKEN = 8
 
@@ -169,7 +168,7 @@ class _Build:
             self._stage("write shards", write_one_shard, "shard", [1] * count, "shards")
             if not self.leads:
                 return None
-            said = open_job(self.job).load(_TOKENIZER_STATE)["said"]
+            said = open_job(self.job).load(TOKENIZER_STATE)["said"]
             manifest, statistics = finish_corpus(open_job(self.job))
             return BuiltCorpus(manifest, statistics, said, self.fresh_text_bytes, self.fresh_tokens)
         except BaseException as error:
@@ -194,7 +193,7 @@ class _Build:
 
     def _make_tokenizer(self, ready: CorpusTokenizer | None) -> None:
         """The corpus's tokenizer.json, and how it is to be run."""
-        if ready is None and self.work.load(_TOKENIZER_STATE) is None:
+        if ready is None and self.work.load(TOKENIZER_STATE) is None:
             self._sample()
 
         def make() -> dict[str, Any]:
@@ -203,9 +202,15 @@ class _Build:
             check_sample(self.spec, tokenizer, texts)
             encoder, said = choose_encoder(tokenizer, texts, self.fast)
             write_durably(self.work.corpus / TOKENIZER_FILE, tokenizer.content)
-            return {"end_of_text": tokenizer.end_of_text, "fast": encoder.fast, "said": said}
+            return {
+                "kind": tokenizer.kind,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+                "fast": encoder.fast,
+                "said": said,
+            }
 
-        state = self._once(_TOKENIZER_STATE, make)
+        state = self._once(TOKENIZER_STATE, make)
         self.progress.note(f"tokenizer  {state['said']}")
 
     def _sample(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.arrange import HASH_RANGE, Choice, split_bound
 from data_tools.job import Decisions, OpenJob
-from data_tools.runs import map_columns, read_columns
+from data_tools.runs import read_columns
 from gptdist.errors import CorpusError
 
 _LIMIT_BINS = 1 << 12

@@ -35,6 +35,9 @@ def finish_corpus(build: OpenJob) -> tuple[Manifest, BuildStatistics]:
         statistics += BuildStatistics.from_dict(build.load(f"read-{index:06d}.json")["statistics"])
     for result in results:
         statistics += BuildStatistics.from_dict(result["statistics"])
+        for sample_class, sample_hash, key, ids in result["samples"]:
+            if sample_hash <= statistics.sample_limit(sample_class):
+                statistics.offer_sample(sample_class, sample_hash, key, build.tokenizer.decode(ids))
     for source, documents, text_bytes in build.decisions.over_limit:
         statistics.add_dropped("over the size limit", build.plan.sources[source], documents, text_bytes)
     tokenizer = build.tokenizer

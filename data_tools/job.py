@@ -26,6 +26,7 @@ from gptdist.errors import CorpusError
 DECISIONS_FILE = "decisions.json"
 GRAMS_FILE = "grams.safetensors"
 COMMON_FILE = "common.json"
+TOKENIZER_STATE = "tokenizer.json"
 EXACT = "exact duplicate"
 NEAR = "near duplicate"
 
@@ -102,8 +103,10 @@ class OpenJob:
 
     @cached_property
     def tokenizer(self) -> CorpusTokenizer:
+        """As the first part made and checked it."""
+        state = self.load(TOKENIZER_STATE)
         content = (self.work.corpus / TOKENIZER_FILE).read_bytes()
-        return CorpusTokenizer.parse(content, TOKENIZER_FILE, self.load("tokenizer.json")["end_of_text"])
+        return CorpusTokenizer(content, state["kind"], state["vocab_size"], state["end_of_text"])
 
     @property
     def dtype(self) -> np.dtype:
@@ -113,7 +116,7 @@ class OpenJob:
     def encoder(self) -> Any:
         from data_tools.fast_tokenizing import open_encoder
 
-        return open_encoder(self.tokenizer, fast=self.load("tokenizer.json")["fast"])
+        return open_encoder(self.tokenizer, fast=self.load(TOKENIZER_STATE)["fast"])
 
     @cached_property
     def all_grams(self) -> EvaluationGrams:

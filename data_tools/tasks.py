@@ -20,7 +20,7 @@ from data_tools.job import Job, OpenJob, open_job
 from data_tools.near import DEFAULT_BINS, band_keys, signature
 from data_tools.runs import Batch, RunSlice, read_slice, sorted_rows, write_run
 from data_tools.shards import write_shard
-from data_tools.statistics import KEPT, BuildStatistics
+from data_tools.statistics import KEPT, SAMPLES_PER_CLASS, BuildStatistics
 from data_tools.words import hash_words
 from gptdist.errors import CorpusError
 
@@ -193,6 +193,7 @@ def write_one_shard(job: Job, index: int) -> dict[str, Any]:
     parts: list[RunSlice] = []
     chosen: list[np.ndarray] = []
     drops = build.drops(low, high)
+    samples: list[list[Any]] = []
     for place, (run, held_out) in enumerate(build.runs):
         stop = high if held_out else min(high, decisions.order_limit)
         part = read_slice(build.work.path / run, low, stop, ("split", "text_bytes", "source"))
@@ -203,6 +204,7 @@ def write_one_shard(job: Job, index: int) -> dict[str, Any]:
         for reason, dropped in drops.items():
             gone = mine & dropped.rows(place, part.first_row, len(part))
             _count_dropped(build, statistics, reason, part, gone)
+            samples += [_sample(reason, part, row) for row in np.flatnonzero(gone)[:SAMPLES_PER_CLASS].tolist()]
             mine &= ~gone
         if mine.any():
             parts.append(part)
@@ -211,13 +213,14 @@ def write_one_shard(job: Job, index: int) -> dict[str, Any]:
     result: dict[str, Any] = {"split": split, "info": None, "chunks": [], "text_bytes": 0}
     if parts:
         documents = _merged(parts, chosen)
-        _count_kept(build, statistics, split, parts, chosen, documents)
+        _count_kept(build, statistics, split, parts, chosen)
+        samples += [_sample(KEPT, parts[part], row) for part, row in documents[:SAMPLES_PER_CLASS]]
         tokens_of = ((parts[part].keys[row].decode(), _tokens(parts[part], row)) for part, row in documents)
         path = build.work.corpus / f"{name}.tar"
         written = write_shard(path, name, tokens_of, build.plan.options.chunk_tokens, build.dtype)
         text_bytes = sum(int(part.columns["text_bytes"][rows].sum()) for part, rows in zip(parts, chosen, strict=True))
         result |= {"info": asdict(written.info), "chunks": written.chunks.tolist(), "text_bytes": text_bytes}
-    return build.save(f"shard-{index:06d}.json", result | {"statistics": statistics.to_dict()})
+    return build.save(f"shard-{index:06d}.json", result | {"statistics": statistics.to_dict(), "samples": samples})
 
 
 def _merged(parts: list[RunSlice], chosen: list[np.ndarray]) -> list[tuple[int, int]]:
@@ -235,21 +238,12 @@ def _tokens(part: RunSlice, row: int) -> np.ndarray:
 
 
 def _count_kept(
-    build: OpenJob,
-    statistics: BuildStatistics,
-    split: str,
-    parts: list[RunSlice],
-    chosen: list[np.ndarray],
-    documents: list[tuple[int, int]],
+    build: OpenJob, statistics: BuildStatistics, split: str, parts: list[RunSlice], chosen: list[np.ndarray]
 ) -> None:
     for part, rows in zip(parts, chosen, strict=True):
         lengths = np.diff(part.token_ends, prepend=0)[rows]
-        statistics.add_kept_mixed(
-            split, build.plan.sources, part.columns["source"][rows], part.columns["text_bytes"][rows], lengths
-        )
-    for part_number, row in documents[:8]:
-        part = parts[part_number]
-        _offer(build, statistics, KEPT, part, row)
+        sources, text_bytes = part.columns["source"][rows], part.columns["text_bytes"][rows]
+        statistics.add_kept_mixed(split, build.plan.sources, sources, text_bytes, lengths)
 
 
 def _count_dropped(build: OpenJob, statistics: BuildStatistics, reason: str, part: RunSlice, gone: np.ndarray) -> None:
@@ -258,11 +252,9 @@ def _count_dropped(build: OpenJob, statistics: BuildStatistics, reason: str, par
         of_source = rows[part.columns["source"][rows] == source]
         text_bytes = int(part.columns["text_bytes"][of_source].sum())
         statistics.add_dropped(reason, build.plan.sources[source], len(of_source), text_bytes)
-    for row in rows[:8].tolist():
-        _offer(build, statistics, reason, part, row)
 
 
-def _offer(build: OpenJob, statistics: BuildStatistics, sample_class: str, part: RunSlice, row: int) -> None:
-    if int(part.order[row]) <= statistics.sample_limit(sample_class):
-        text = build.tokenizer.decode(_tokens(part, row)[:_SAMPLE_TOKENS].tolist())
-        statistics.offer_sample(sample_class, int(part.order[row]), part.keys[row].decode(), text)
+def _sample(sample_class: str, part: RunSlice, row: int) -> list[Any]:
+    """What the report is to show of a document: the class, its sample hash, its key, and the ids of its beginning."""
+    ids = _tokens(part, row)[:_SAMPLE_TOKENS].tolist()
+    return [sample_class, int(part.order[row]), part.keys[row].decode(), ids]

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor
 from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -99,25 +100,30 @@ class LocalTeam:
             process.join()
         self._members.clear()
 
-    def _start(self) -> None:
-        if self._members:
-            return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_tools.team", *self._preload])
+    def prepare(self) -> None:
+        """Begin to load what workers need, meanwhile; otherwise that happens at the first task."""
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["data_tools.team", *self._preload])
         before = {name: os.environ.get(name) for name in _ONE_THREAD}
-        os.environ.update(_ONE_THREAD)  # the fork server, started here, hands them on
+        os.environ.update(_ONE_THREAD)  # the fork server hands them on
         try:
-            for _ in range(self.workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
-                process.start()
-                theirs.close()
-                self._members[ours] = process
+            forkserver.ensure_running()
         finally:
             for name, value in before.items():
                 os.environ.pop(name)
                 if value is not None:
                     os.environ[name] = value
+
+    def _start(self) -> None:
+        if self._members:
+            return
+        self.prepare()
+        context = multiprocessing.get_context("forkserver")
+        for _ in range(self.workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
+            process.start()
+            theirs.close()
+            self._members[ours] = process
 
     def _ask(self, member: Connection, task: Task, given: tuple[Any, ...]) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # its end is noticed when the answer is read

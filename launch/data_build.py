@@ -97,6 +97,7 @@ def _team(workers: int | None, parts: int) -> Iterator[tuple[Team | None, int, i
     cores = len(os.sched_getaffinity(0))
     if world is None or world.world_size == 1:
         local = LocalTeam(workers or cores, _PRELOAD)
+        local.prepare()
         try:
             yield local, 0, 1
         finally:

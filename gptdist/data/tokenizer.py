@@ -18,6 +18,7 @@ from gptdist.data.store import Store, is_url, open_store
 from gptdist.errors import CorpusError
 
 BYTES_FORMAT = "gptdist-bytes"
+BYTES = "bytes"
 
 # Tried in this order where nothing else says which special token ends a text.
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
@@ -26,7 +27,8 @@ _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS
 class CorpusTokenizer:
     """`encode` and `decode`, and what identifies the tokenizer. Made by `load`, `parse` or `of_bytes`.
 
-    `content` is its file, byte for byte; `sha256` is of that. `vocab_size` is one more than the largest id.
+    `content` is its file, byte for byte; `sha256` is of that. `vocab_size` is one more than the largest id. Of one that
+    was parsed before, these are enough: its file is then read by the library when it is first used.
     """
 
     def __init__(self, content: bytes, kind: str, vocab_size: int, end_of_text: int, hf: Any = None) -> None:
@@ -36,6 +38,13 @@ class CorpusTokenizer:
         self.end_of_text = end_of_text
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._hf = hf
+
+    @property
+    def _library(self) -> Any:
+        """The `tokenizers.Tokenizer` of a tokenizer of kind `hf`."""
+        if self._hf is None:
+            self._hf = CorpusTokenizer.parse(self.content, TOKENIZER_FILE, self.end_of_text)._hf
+        return self._hf
 
     @staticmethod
     def load(path: Path | str, end_of_text: str | int | None = None) -> "CorpusTokenizer":
@@ -101,7 +110,7 @@ class CorpusTokenizer:
     def of_bytes() -> "CorpusTokenizer":
         """The tokenizer whose ids are the bytes of UTF-8."""
         content = json.dumps({"format": BYTES_FORMAT, "vocab_size": 257, "end_of_text": 256}, indent=1).encode() + b"\n"
-        return CorpusTokenizer(content, "bytes", 257, 256)
+        return CorpusTokenizer(content, BYTES, 257, 256)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added."""
@@ -118,11 +127,11 @@ class CorpusTokenizer:
         On all cores where the tokenizer can. Raises CorpusError for a text that UTF-8 cannot hold.
         """
         try:
-            if self._hf is None:
+            if self.kind == BYTES:
                 rows = [text.encode() for text in texts]
                 ids = np.frombuffer(b"".join(rows), dtype=np.uint8)
             else:
-                rows = [row.ids for row in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+                rows = [row.ids for row in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
                 ids = np.fromiter(chain.from_iterable(rows), dtype=np.uint32, count=sum(map(len, rows)))
         except (UnicodeEncodeError, TypeError):
             refuse_surrogates(texts)
@@ -131,13 +140,13 @@ class CorpusTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become the replacement character."""
-        if self._hf is None:
+        if self.kind == BYTES:
             return bytes(index for index in ids if index < 256).decode("utf-8", errors="replace")
-        return str(self._hf.decode(list(ids), skip_special_tokens=True))
+        return str(self._library.decode(list(ids), skip_special_tokens=True))
 
     def token(self, index: int) -> str:
         """How the vocabulary spells the token `index`; "" where it has none."""
-        return "" if self._hf is None else str(self._hf.id_to_token(index) or "")
+        return "" if self.kind == BYTES else str(self._library.id_to_token(index) or "")
 
 
 def refuse_surrogates(texts: Sequence[str]) -> None:
