@@ -14,13 +14,10 @@ from typing import Any
 
 from data_tools.arrange import HASH_RANGE, keyed_hash
 from data_tools.decide import decide
-from data_tools.documents import Document
 from data_tools.duplicate_tasks import find_exact_duplicates, find_near_duplicates, partitions
-from data_tools.fast_tokenizing import choose_encoder
 from data_tools.finish import finish_corpus
-from data_tools.formats import read_piece
 from data_tools.gram_tasks import collect_grams, count_grams, find_common
-from data_tools.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE, Job, open_job
+from data_tools.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE, Job, open_job, some_texts
 from data_tools.pieces import Piece
 from data_tools.plan import BuildOptions, Plan, make_plan
 from data_tools.progress import NoProgress, Progress
@@ -35,8 +32,6 @@ from gptdist.errors import CorpusError, GptdistError, StorageError
 
 # Text that a tokenizer is trained on: more changes the merges little and takes minutes.
 TOKENIZER_SAMPLE_BYTES = 32 << 20
-# Text on which the fast tokenizer must agree with the reference before it is used.
-CHECK_SAMPLE_BYTES = 256 << 10
 
 # No tokenizer packs text tighter than this in practice: a bound that refuses only what cannot fit.
 _MOST_BYTES_PER_TOKEN = 8
@@ -146,6 +141,7 @@ class _Build:
         self.raw_plan = raw
         self.job = Job(str(work.out_dir), raw["fingerprint"])
         self.fresh_text_bytes = self.fresh_tokens = 0
+        self.encoders: set[str] = set()
 
     def run(self, ready: CorpusTokenizer | None) -> BuiltCorpus | None:
         if self.leads:
@@ -168,8 +164,8 @@ class _Build:
             self._stage("write shards", write_one_shard, "shard", [1] * count, "shards")
             if not self.leads:
                 return None
-            said = open_job(self.job).load(TOKENIZER_STATE)["said"]
             manifest, statistics = finish_corpus(open_job(self.job))
+            said = "; ".join(sorted(self.encoders))
             return BuiltCorpus(manifest, statistics, said, self.fresh_text_bytes, self.fresh_tokens)
         except BaseException as error:
             self._give_up(error)
@@ -198,20 +194,16 @@ class _Build:
 
         def make() -> dict[str, Any]:
             tokenizer = ready or train_tokenizer(self.plan.options.tokenizer, iter(self._sampled()))
-            texts = self._some_texts()
-            check_sample(self.spec, tokenizer, texts)
-            encoder, said = choose_encoder(tokenizer, texts, self.fast)
+            check_sample(self.spec, tokenizer, some_texts(self.plan))
             write_durably(self.work.corpus / TOKENIZER_FILE, tokenizer.content)
             return {
                 "kind": tokenizer.kind,
                 "vocab_size": tokenizer.vocab_size,
                 "end_of_text": tokenizer.end_of_text,
-                "fast": encoder.fast,
-                "said": said,
+                "fast": self.fast,
             }
 
-        state = self._once(TOKENIZER_STATE, make)
-        self.progress.note(f"tokenizer  {state['said']}")
+        self._once(TOKENIZER_STATE, make)
 
     def _sample(self) -> None:
         """Read what a tokenizer is to be trained on: the first training documents in the corpus's order.
@@ -252,18 +244,6 @@ class _Build:
             texts.append(text)
         return texts
 
-    def _some_texts(self) -> list[str]:
-        """The beginning of the corpus's text, to compare tokenizers on."""
-        texts: list[str] = []
-        total = 0
-        for _, document in read_piece(self.plan.pieces()[0], self.plan.options.reading()):
-            if isinstance(document, Document):
-                texts.append(document.text[: CHECK_SAMPLE_BYTES - total])
-                total += len(texts[-1])
-            if total >= CHECK_SAMPLE_BYTES:
-                break
-        return texts
-
     def _find_common_grams(self) -> None:
         """Which word sequences of the evaluation files stand in so many documents that they mean nothing."""
         self._once("evaluation.json", lambda: collect_grams(open_job(self.job)))
@@ -300,6 +280,8 @@ class _Build:
 
     def _advance(self, size: int, result: dict[str, Any], resumed: bool = False) -> None:
         statistics = result.get("statistics", {})
+        if "encoder" in result:
+            self.encoders.add(result["encoder"])
         if not resumed and "tokens" in result:
             self.fresh_text_bytes += statistics["bytes_read"]
             self.fresh_tokens += result["tokens"]

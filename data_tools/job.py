@@ -15,6 +15,9 @@ import numpy as np
 from data_tools.arrange import HASH_RANGE
 from data_tools.clean import Cleaning
 from data_tools.contamination import EvaluationGrams
+from data_tools.documents import Document
+from data_tools.fast_tokenizing import Encoder, choose_encoder
+from data_tools.formats import read_piece
 from data_tools.pieces import Piece
 from data_tools.plan import Plan, changed_at
 from data_tools.runs import read_columns
@@ -27,6 +30,8 @@ DECISIONS_FILE = "decisions.json"
 GRAMS_FILE = "grams.safetensors"
 COMMON_FILE = "common.json"
 TOKENIZER_STATE = "tokenizer.json"
+# Text on which the fast tokenizer must agree with the reference before it is used.
+CHECK_SAMPLE_BYTES = 256 << 10
 EXACT = "exact duplicate"
 NEAR = "near duplicate"
 
@@ -113,10 +118,18 @@ class OpenJob:
         return np.dtype("<u2" if self.tokenizer.vocab_size < 1 << 16 else "<u4")
 
     @cached_property
-    def encoder(self) -> Any:
-        from data_tools.fast_tokenizing import open_encoder
+    def _chosen_encoder(self) -> tuple[Encoder, str]:
+        return choose_encoder(self.tokenizer, some_texts(self.plan), self.load(TOKENIZER_STATE)["fast"])
 
-        return open_encoder(self.tokenizer, fast=self.load(TOKENIZER_STATE)["fast"])
+    @property
+    def encoder(self) -> Encoder:
+        """What turns texts into ids: proven in this very process, whose processor and libraries may be its own."""
+        return self._chosen_encoder[0]
+
+    @property
+    def encoder_said(self) -> str:
+        """Which one that is, and why."""
+        return self._chosen_encoder[1]
 
     @cached_property
     def all_grams(self) -> EvaluationGrams:
@@ -170,6 +183,19 @@ class OpenJob:
         """Leave a result, and give it back."""
         self.work.save(name, value)
         return json.loads(json.dumps(value))  # as the next build, which reads the file, will see it
+
+
+def some_texts(plan: Plan) -> list[str]:
+    """The beginning of the text, to compare tokenizers on."""
+    texts: list[str] = []
+    total = 0
+    for _, document in read_piece(plan.pieces()[0], plan.options.reading()):
+        if isinstance(document, Document):
+            texts.append(document.text[: CHECK_SAMPLE_BYTES - total])
+            total += len(texts[-1])
+        if total >= CHECK_SAMPLE_BYTES:
+            break
+    return texts
 
 
 @lru_cache(maxsize=1)

@@ -38,7 +38,7 @@ class BuildOptions:
     validation_fraction: float = 0.05
     seed: int = 1234
     chunk_tokens: int = 1 << 20
-    shard_bytes: int = 256 << 20
+    shard_bytes: int = 128 << 20
     max_bytes: int | None = None
     text_fields: tuple[str, ...] = ("text",)
     suffixes: tuple[str, ...] = DEFAULT_SUFFIXES

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.work import temporary_path
+from gptdist.data.digest import short_digest
 from gptdist.data.manifest import ShardInfo
 
 _NPY_HEADER_BYTES = 128
@@ -120,7 +121,7 @@ class _HashedFile:
         self._chunks: list[Any] = []
 
     def begin_chunk(self) -> None:
-        self._chunks.append(hashlib.blake2b(digest_size=8))
+        self._chunks.append(hashlib.sha256())
 
     def write(self, data: bytes | memoryview) -> None:
         self._sha256.update(data)
@@ -137,7 +138,7 @@ class _HashedFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        digests = [int.from_bytes(chunk.digest(), "little") for chunk in self._chunks]
+        digests = [short_digest(chunk.digest()) for chunk in self._chunks]
         return self.size, self._sha256.hexdigest(), digests
 
 

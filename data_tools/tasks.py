@@ -67,7 +67,13 @@ def read_documents(job: Job, index: int) -> dict[str, Any]:
     if pending:
         write()
     build.check_unchanged(index)
-    result = {"runs": runs, "documents": documents, "tokens": tokens, "statistics": statistics.to_dict()}
+    result: dict[str, Any] = {
+        "encoder": build.encoder_said,
+        "runs": runs,
+        "documents": documents,
+        "tokens": tokens,
+        "statistics": statistics.to_dict(),
+    }
     return build.save(f"read-{index:06d}.json", result)
 
 
@@ -152,7 +158,7 @@ def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
 def _batch(build: OpenJob, texts: list[_Text], dtype: np.dtype) -> Batch:
     seed = build.plan.options.seed
     keys = [text.key for text in texts]
-    tokens, ends = build.encoder.encode_flat([text.text for text in texts])
+    tokens, ends = build.encoder.encode_flat([text.text for text in texts], [text.data for text in texts])
     columns = {
         "split": split_hashes(seed, _digests(texts)),
         "text_bytes": np.array([len(text.data) for text in texts], dtype=np.int64),

@@ -149,7 +149,7 @@ def _add_data_build(build: Parser) -> None:
     )
     stages.add_argument("--seed", type=int, metavar="N", help="key of the order of documents (default: 1234)")
     stages.add_argument("--chunk-tokens", type=_positive, metavar="N", help="tokens in one sample of a shard")
-    stages.add_argument("--shard-bytes", type=_bytes, metavar="SIZE", help="size of one shard (default: 256MiB)")
+    stages.add_argument("--shard-bytes", type=_bytes, metavar="SIZE", help="size of one shard (default: 128MiB)")
     work = build.add_argument_group("who does it")
     work.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
     work.add_argument(

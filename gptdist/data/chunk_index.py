@@ -19,7 +19,7 @@ import numpy as np
 from gptdist.errors import CorpusError
 
 MAGIC = b"GPTDINDX"
-VERSION = 1
+VERSION = 2
 
 # magic, version, header bytes, chunks, tokens, documents
 _HEADER = struct.Struct("<8sIIQQQ24x")

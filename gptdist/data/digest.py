@@ -1,4 +1,4 @@
-"""How the bytes of a corpus are hashed: whole files by sha256, chunks by a 64-bit blake2b.
+"""How the bytes of a corpus are hashed: whole files by sha256, chunks by 64 bits of theirs.
 
 Knows nothing of what the bytes mean. sha256 is what a person can check with `sha256sum`; the short chunk digest is what
 a training run can afford before the first use of every chunk.
@@ -21,4 +21,9 @@ def file_sha256(path: Path) -> str:
 
 def chunk_digest(data: bytes | memoryview) -> int:
     """64-bit digest of a chunk's bytes in its shard: finds damage, is no defence against an adversary."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return short_digest(hashlib.sha256(data).digest())
+
+
+def short_digest(sha256: bytes) -> int:
+    """The 64 bits of a sha256 that stand in the index."""
+    return int.from_bytes(sha256[:8], "little")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from data_tools import fast_tokenizing
-from data_tools.fast_tokenizing import FastEncoder, choose_encoder, open_encoder
+from data_tools.fast_tokenizing import FastEncoder, choose_encoder
 from data_tools.hard_texts import hard_texts, of_vocabulary
 from data_tools.new_characters import texts_with_new_characters
 from data_tools.oniguruma import oniguruma_pattern
@@ -233,7 +233,7 @@ def test_the_fast_path_is_taken_and_gives_the_same(trained: CorpusTokenizer) -> 
     )
     texts = [*corpus(), *hard_texts([END, "<|fim|>"])]
     assert rows(encoder.encode_flat(texts)) == rows(trained.encode_flat(texts))
-    for again in (open_encoder(trained, fast=True), open_encoder(trained, fast=True, parallel=True)):
+    for again in (FastEncoder(trained), FastEncoder(trained, parallel=True)):
         assert rows(again.encode_flat(texts)) == rows(trained.encode_flat(texts))
 
 
@@ -310,9 +310,6 @@ def test_without_gigatoken(trained: CorpusTokenizer, monkeypatch: pytest.MonkeyP
     encoder, said = choose_encoder(trained, ["text"])
     assert not encoder.fast
     assert "pip install 'gptdist[fast]'" in said
-    with pytest.raises(CorpusError, match=r"gptdist\[fast\]"):
-        open_encoder(trained, fast=True)
-    assert not open_encoder(trained, fast=False).fast
 
 
 def test_the_reference_where_it_is_asked_for_and_for_bytes(trained: CorpusTokenizer) -> None:
