@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.build_peers import PEERS
 from benchmarks.report import RESULTS_DIR, machine, render_table, write_json
-from data_tools.tokenizing import train_tokenizer
+from data_tools.tokenizing.tokenizers import train_tokenizer
 
 OURS = "gptdist data build"
 SLOW = "HF encode_batch + ShardWriter"

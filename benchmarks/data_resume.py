@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.report import RESULTS_DIR, machine, render_table, write_json
 from benchmarks.token_corpus import make_token_corpus, open_loader
-from data_tools.shards import WrittenShard, write_shard
+from data_tools.corpus.shards import WrittenShard, write_shard
 from gptdist.data import manifest
 from gptdist.data.chunk_index import MAGIC, VERSION
 from gptdist.data.manifest import IndexInfo, Manifest, ShardInfo, SplitInfo, TokenizerInfo

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.index import rebuild_index
-from data_tools.shards import write_shard
+from data_tools.corpus.index import rebuild_index
+from data_tools.corpus.shards import write_shard
 from gptdist.config.sections import DataConfig
 from gptdist.data.corpora import build_source, open_corpora
 from gptdist.data.loader import BatchLoader

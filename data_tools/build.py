@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.arrange import HASH_RANGE, keyed_hash
-from data_tools.decide import decide
-from data_tools.duplicate_tasks import find_exact_duplicates, find_near_duplicates, partitions
-from data_tools.finish import finish_corpus
-from data_tools.gram_tasks import collect_grams, count_grams, find_common
-from data_tools.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE, Job, open_job, some_texts
-from data_tools.pieces import Piece
-from data_tools.plan import BuildOptions, Plan, make_plan
-from data_tools.progress import NoProgress, Progress
-from data_tools.statistics import BuildStatistics
-from data_tools.tasks import read_documents, sample_documents, write_one_shard
-from data_tools.team import Alone, Task, Team
-from data_tools.tokenizing import check_sample, check_tokenizer, train_tokenizer
-from data_tools.work import WorkFolder, write_durably
+from data_tools.building.arrange import HASH_RANGE, keyed_hash
+from data_tools.building.decide import decide
+from data_tools.building.duplicate_tasks import find_exact_duplicates, find_near_duplicates, partitions
+from data_tools.building.finish import finish_corpus
+from data_tools.building.gram_tasks import collect_grams, count_grams, find_common
+from data_tools.building.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE, Job, open_job, some_texts
+from data_tools.building.plan import BuildOptions, Plan, make_plan
+from data_tools.building.tasks import read_documents, sample_documents, write_one_shard
+from data_tools.building.team import Alone, Task, Team
+from data_tools.building.work import WorkFolder, write_durably
+from data_tools.reporting.progress import NoProgress, Progress
+from data_tools.reporting.statistics import BuildStatistics
+from data_tools.sources.pieces import Piece
+from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
 from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError, GptdistError, StorageError

@@ -43,7 +43,7 @@ class Stage:
 
 
 class BuildProgress:
-    """Satisfies `data_tools.progress.Progress`. `stream` may be closed, broken or None, as a detached stderr is."""
+    """A `data_tools.reporting.progress.Progress`. `stream` may be closed, broken or None, as a detached stderr is."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         target = sys.stderr if stream is None else stream

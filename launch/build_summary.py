@@ -5,7 +5,7 @@ Knows only what it is given; a pure function of it.
 
 from dataclasses import dataclass
 
-from data_tools.statistics import BuildStatistics, Counts
+from data_tools.reporting.statistics import BuildStatistics, Counts
 from gptdist.monitor.console import render_count, render_duration
 from launch.build_progress import render_decimal_bytes
 

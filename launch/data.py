@@ -12,7 +12,7 @@ from gptdist.errors import EXIT_DONE, EXIT_FAILED
 
 def verify(args: argparse.Namespace) -> int:
     """Print every problem found; exit 1 if there is one."""
-    from data_tools.verify import verify_corpus
+    from data_tools.corpus.verify import verify_corpus
 
     problems = verify_corpus(args.corpus, args.workers or _cores())
     for problem in problems:
@@ -24,7 +24,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Print a summary."""
-    from data_tools.show import render_corpus
+    from data_tools.corpus.show import render_corpus
 
     print(render_corpus(args.corpus, args.split, args.samples).rstrip())
     return EXIT_DONE
@@ -32,7 +32,7 @@ def show(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Write manifest and indexes anew."""
-    from data_tools.index import rebuild_index
+    from data_tools.corpus.index import rebuild_index
 
     manifest = rebuild_index(args.corpus, args.workers or _cores())
     shards = sum(len(split.shards) for split in manifest.splits.values())

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from data_tools.progress import NoProgress, Progress
-from data_tools.team import ExecutorTeam, LocalTeam, Team
+from data_tools.building.team import ExecutorTeam, LocalTeam, Team
+from data_tools.reporting.progress import NoProgress, Progress
 from gptdist.errors import EXIT_DONE, ConfigError
 from launch.outer import find_world
 
@@ -19,13 +19,20 @@ _OPTIONS = (
     *("end_of_text", "validation_fraction", "seed", "max_bytes", "suffixes", "exclude", "on_bad_text", "chunk_tokens"),
     *("shard_bytes", "normalize", "min_document_bytes", "max_document_bytes", "dedup", "near_threshold"),
 )
-_PRELOAD = ("data_tools.tasks", "data_tools.duplicate_tasks", "data_tools.gram_tasks", "gigatoken", "awkward", "orjson")
+_PRELOAD = (
+    "data_tools.building.tasks",
+    "data_tools.building.duplicate_tasks",
+    "data_tools.building.gram_tasks",
+    "gigatoken",
+    "awkward",
+    "orjson",
+)
 
 
 def main(args: argparse.Namespace) -> int:
     """Make a corpus; what the command line leaves out takes the data tools' own default."""
     from data_tools.build import Share, build_corpus
-    from data_tools.finish import REPORT_PAGE
+    from data_tools.building.finish import REPORT_PAGE
     from launch.build_summary import BuildOutcome, render_summary
 
     given: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}

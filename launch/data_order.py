@@ -1,6 +1,6 @@
 """`gptdist data order`: which documents a run trains on when, and the proof that it uses each window once.
 
-Knows the console; `data_tools/order.py` and `order_check.py` know the order.
+Knows the console; `data_tools/corpus/order.py` and `order_check.py` know the order.
 """
 
 import argparse
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 
 if TYPE_CHECKING:
-    from data_tools.order import RunOrder
+    from data_tools.corpus.order import RunOrder
 
 REDRAW_SECONDS = 0.2
 
 
 def main(args: argparse.Namespace) -> int:
     """What a run reads when; exit 1 where the proof that was asked for fails."""
-    from data_tools.order import RunOrder
+    from data_tools.corpus.order import RunOrder
     from gptdist.config.check import check_run
     from gptdist.config.load import load_run
     from gptdist.train.schedule import samples_at_step
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_order(run: "RunOrder", epoch: int) -> int:
-    from data_tools.order_check import prove_blend, prove_epoch
+    from data_tools.corpus.order_check import prove_blend, prove_epoch
 
     progress = ProgressLine() if sys.stderr.isatty() else None
     holds = True

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_corpus(config: RunConfig, sources: Sequence[Path]) -> float:
     """Make the corpus unless it is there; returns the unigram entropy of its tokens, nats."""
-    from data_tools.show import unigram_entropy
+    from data_tools.corpus.show import unigram_entropy
 
     heading(1, f"make a corpus from {', '.join(map(str, sources))}")
     out = Path(corpus_names(config.data)[0])

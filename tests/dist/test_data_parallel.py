@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.build import build_corpus
-from data_tools.verify import verify_corpus
+from data_tools.corpus.verify import verify_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = bool(os.environ.get("GPTDIST_FULL"))

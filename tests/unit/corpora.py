@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.shards import CHUNK_COLUMNS, write_shard
+from data_tools.corpus.shards import CHUNK_COLUMNS, write_shard
 from gptdist.data.chunk_index import ChunkRecord, render_index
 from gptdist.data.manifest import (
     MANIFEST_FILE,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.order_check import prove_blend
+from data_tools.corpus.order_check import prove_blend
 from gptdist.config.weights import LARGEST_PERIOD, rounded_weights, whole_weights
 from gptdist.data.blend import BlendOrder, Phase, turns_of_period
 

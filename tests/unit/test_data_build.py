@@ -22,11 +22,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.arrange import HASH_RANGE, order_hashes, shard_range, split_bound, split_hashes
 from data_tools.build import BuiltCorpus, build_corpus
-from data_tools.progress import NoProgress
-from data_tools.show import render_corpus, sample_text, unigram_entropy
-from data_tools.verify import verify_corpus
+from data_tools.building.arrange import HASH_RANGE, order_hashes, shard_range, split_bound, split_hashes
+from data_tools.corpus.show import render_corpus, sample_text, unigram_entropy
+from data_tools.corpus.verify import verify_corpus
+from data_tools.reporting.progress import NoProgress
 from gptdist.data.manifest import Manifest
 from gptdist.data.reader import TokenReader
 from gptdist.data.tokenizer import CorpusTokenizer

@@ -15,11 +15,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.build import build_corpus
-from data_tools.index import rebuild_index
-from data_tools.shards import npy_header, write_shard
-from data_tools.show import render_corpus
-from data_tools.tar_members import ShardFile
-from data_tools.verify import verify_corpus
+from data_tools.corpus.index import rebuild_index
+from data_tools.corpus.shards import npy_header, write_shard
+from data_tools.corpus.show import render_corpus
+from data_tools.corpus.tar_members import ShardFile
+from data_tools.corpus.verify import verify_corpus
 from gptdist.data.chunk_index import ChunkIndex, ChunkRecord, render_index
 from gptdist.data.manifest import IndexInfo, Manifest, SplitInfo, TokenizerInfo
 from gptdist.data.reader import TokenReader

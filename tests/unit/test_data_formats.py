@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import lines, streams, texts
-from data_tools.documents import BadDocument, Document
-from data_tools.fields import choose_text_field
-from data_tools.files import SourceOptions, find_files
-from data_tools.formats import read_piece
-from data_tools.pieces import cut_pieces
+from data_tools.sources import lines, streams, texts
+from data_tools.sources.documents import BadDocument, Document
+from data_tools.sources.fields import choose_text_field
+from data_tools.sources.files import SourceOptions, find_files
+from data_tools.sources.formats import read_piece
+from data_tools.sources.pieces import cut_pieces
 from gptdist.errors import CorpusError
 
 TEXTS = ["first", "naïve 漢字 🙂", "", "two\nlines\r\n", "\ufeffmark", "x" * 5000, " \t\u2028 "]

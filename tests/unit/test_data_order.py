@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import order_check
 from data_tools.build import build_corpus
-from data_tools.order import RunOrder, chunk_documents, find_document
-from data_tools.order_check import prove_epoch
+from data_tools.corpus import order_check
+from data_tools.corpus.order import RunOrder, chunk_documents, find_document
+from data_tools.corpus.order_check import prove_epoch
 from gptdist.config.sections import RunConfig
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.order import WindowOrder

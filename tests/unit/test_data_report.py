@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import page
-from data_tools.progress import NoProgress, Progress
-from data_tools.report import PAGE_SOURCES, CorpusReport, SplitReport, render_html, render_report
-from data_tools.statistics import SAMPLES_PER_CLASS, BuildStatistics, Counts, merge
+from data_tools.reporting import page
+from data_tools.reporting.progress import NoProgress, Progress
+from data_tools.reporting.report import PAGE_SOURCES, CorpusReport, SplitReport, render_html, render_report
+from data_tools.reporting.statistics import SAMPLES_PER_CLASS, BuildStatistics, Counts, merge
 from gptdist.data.manifest import TokenizerInfo
 from launch.build_progress import BuildProgress
 from launch.build_summary import BuildOutcome, render_summary

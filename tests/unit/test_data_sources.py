@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.documents import BadDocument, Document
-from data_tools.files import SourceFile, SourceOptions, find_files
-from data_tools.formats import read_piece
-from data_tools.pieces import cut_pieces
+from data_tools.sources.documents import BadDocument, Document
+from data_tools.sources.files import SourceFile, SourceOptions, find_files
+from data_tools.sources.formats import read_piece
+from data_tools.sources.pieces import cut_pieces
 from gptdist.errors import CorpusError
 
 LINE = b'{"text": "hello"}\n'

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import words as words_module
-from data_tools.clean import Cleaning, DropReason, clean, normalized_digest, text_digest
-from data_tools.contamination import EvaluationGrams, cut
-from data_tools.near import band_keys, meeting_probability, signature, similarity
-from data_tools.words import gram_hashes, hash_words
+from data_tools.stages import words as words_module
+from data_tools.stages.clean import Cleaning, DropReason, clean, normalized_digest, text_digest
+from data_tools.stages.contamination import EvaluationGrams, cut
+from data_tools.stages.near import band_keys, meeting_probability, signature, similarity
+from data_tools.stages.words import gram_hashes, hash_words
 from gptdist.errors import CorpusError
 
 OWN_WORD_SCRIPTS = (

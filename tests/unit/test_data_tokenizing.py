@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from data_tools import fast_tokenizing
-from data_tools.fast_tokenizing import FastEncoder, choose_encoder
-from data_tools.hard_texts import hard_texts, of_vocabulary
-from data_tools.new_characters import texts_with_new_characters
-from data_tools.oniguruma import oniguruma_pattern
-from data_tools.tiktoken_encoding import BYTE_LETTERS, _tokenizer_json, check_same_ids, tokenizer_of_encoding
-from data_tools.tokenizing import check_sample, check_tokenizer, train_tokenizer
+from data_tools.tokenizing import encoders
+from data_tools.tokenizing.encoders import FastEncoder, choose_encoder
+from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
+from data_tools.tokenizing.new_characters import texts_with_new_characters
+from data_tools.tokenizing.oniguruma import oniguruma_pattern
+from data_tools.tokenizing.tiktoken_encoding import BYTE_LETTERS, _tokenizer_json, check_same_ids, tokenizer_of_encoding
+from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError
 
@@ -202,7 +202,7 @@ def test_dropout_is_off(trained: CorpusTokenizer) -> None:
 def test_training_gives_the_same_bytes_on_any_number_of_threads() -> None:
     code = (
         "import sys, hashlib; from tests.unit.test_data_tokenizing import corpus\n"
-        "from data_tools.tokenizing import train_tokenizer\n"
+        "from data_tools.tokenizing.tokenizers import train_tokenizer\n"
         "print(hashlib.sha256(train_tokenizer('train:1500', corpus()).content).hexdigest())"
     )
     here = hashlib.sha256(train_tokenizer("train:1500", corpus()).content).hexdigest()
@@ -583,7 +583,7 @@ def test_words_of_a_vocabulary_are_evenly_chosen() -> None:
 
 
 def test_known_spellings_are_of_the_same_split() -> None:
-    for ours, known in fast_tokenizing._KNOWN_SPELLINGS.items():
+    for ours, known in encoders._KNOWN_SPELLINGS.items():
         one, other = (pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (ours, oniguruma_pattern(known)))
         for text in hard_texts():
             assert one.pre_tokenize_str(text) == other.pre_tokenize_str(text)

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.duplicates import (
+from data_tools.stages.duplicates import (
     MAX_REPRESENTATIVES,
     exact_duplicates,
     near_duplicates,
     partition_count,
     partition_of,
 )
-from data_tools.near import DEFAULT_BANDS, band_keys, signature, similarity
+from data_tools.stages.near import DEFAULT_BANDS, band_keys, signature, similarity
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 

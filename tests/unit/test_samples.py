@@ -129,7 +129,7 @@ def test_the_same_order_from_any_sample_of_any_size(
 
 def test_readers_that_fetch_ahead_are_told_their_buffer_and_the_next() -> None:
     readers: Any = {"a": CountingReader(0, 100, True), "b": CountingReader(1, 40), "c": CountingReader(2, 50, True)}
-    orders: Any = {name: LocalOrder(7, reader.windows, 10, 2) for name, reader in readers.items()}
+    orders: Any = {name: LocalOrder(7, reader.num_windows(CONTEXT), 10, 2) for name, reader in readers.items()}
     phases = [Phase(0, (("a", 1), ("b", 1))), Phase(100, (("b", 1), ("c", 1)))]
     source = SampleSource(readers, orders, BlendOrder(phases), CONTEXT)
     told = readers["a"].asked

@@ -1,0 +1,1 @@
+"""A corpus folder from outside training: writing, checking, mending and asking it."""

@@ -1,0 +1,1 @@
+"""What a build counts and says: statistics, progress, the report of a corpus."""

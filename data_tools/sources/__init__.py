@@ -1,0 +1,1 @@
+"""From what the user names to documents: files, pieces of bounded size, and a reader for each format."""
