@@ -82,8 +82,8 @@ class Command:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["gptdist.engine.engine", "launch.train"])
         self._process: BaseProcess = context.Process(
-            target=_run_command, args=(argv, str(self._out), str(self._err), dict(env)), daemon=True
-        )
+            target=_run_command, args=(argv, str(self._out), str(self._err), dict(env))
+        )  # no daemon: commands have processes of their own
         with _importable():
             self._process.start()
 
