@@ -15,6 +15,7 @@ WORLD_SIZES = {
     "quickstart": (1, 2),
     "shakespeare": (1,),
     "gpt2_124m": (1, 2, 4, 8),
+    "gpt2_124m_blend": (1, 2, 4, 8),
     "gpt3_1_3b_8gpu": (8,),
     "gpt3_175b": (1024,),
     "modern_7b": (8, 64),
