@@ -193,8 +193,8 @@ def _source_names(files: Sequence[SourceFile]) -> list[str]:
 
 
 def _source_name(file: SourceFile) -> str:
-    folder, slash, name = file.key.partition("/")
-    return folder if slash else f"*{''.join(Path(name).suffixes[-2:])}"
+    folder, slash, _ = file.key.partition("/")
+    return folder if slash else f"*{''.join(Path(file.key).suffixes[-2:])}"
 
 
 def _labelled(file: SourceFile, names: Mapping[str, int]) -> SourceFile:

@@ -204,7 +204,7 @@ header p { margin: 0; color: var(--quiet); }
 h1 { margin: 0 0 .35rem; font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 .25rem; font-size: 1.25rem; letter-spacing: -.005em; }
 h2 + p { margin: 0 0 1rem; color: var(--quiet); max-width: 44rem; }
-dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem;
+dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
   margin: 1.75rem 0 0; }
 dl.tiles div { padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   min-width: 0; }
