@@ -87,15 +87,15 @@ def _add_data(parser: Parser, commands: Any) -> None:
     data = _add(parser, commands, "data", "corpora: build, verify, show, order")
     subcommands = data.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
     _add_data_build(_add(data, subcommands, "build", "make a corpus of token shards from text"))
-    for name, what in (
-        ("verify", "check every byte of a corpus"),
-        ("index", "make manifest and index of a corpus anew from its tars"),
+    for name, what, where in (
+        ("verify", "check every byte of a corpus", "folder or URL"),
+        ("index", "make manifest and index of a corpus anew from its tars", "folder"),
     ):
         reading = _add(data, subcommands, name, what)
-        reading.add_argument("corpus", type=Path, metavar="CORPUS_DIR")
+        reading.add_argument("corpus", type=_corpus, metavar="CORPUS", help=where)
         reading.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
     show = _add(data, subcommands, "show", "totals, tokenizer and pieces of text")
-    show.add_argument("corpus", type=Path, metavar="CORPUS_DIR")
+    show.add_argument("corpus", type=_corpus, metavar="CORPUS", help="folder or URL")
     show.add_argument("--split", default="train", metavar="NAME", help="whose text to show (default: train)")
     show.add_argument("--samples", type=_positive, default=1, metavar="N", help="documents to show (default: 1)")
     _add_data_order(data, subcommands)
@@ -191,7 +191,9 @@ def _add_generate(parser: Parser, commands: Any) -> None:
 def _add_eval(parser: Parser, commands: Any) -> None:
     evaluate = _add(parser, commands, "eval", "loss, perplexity and bits per byte on held-out text")
     evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
-    evaluate.add_argument("--corpus", type=Path, metavar="DIR", help="default: the one it was trained on")
+    evaluate.add_argument(
+        "--corpus", type=_corpus, metavar="CORPUS", help="folder or URL (default: the one it was trained on)"
+    )
     evaluate.add_argument("--samples", type=_positive, metavar="N", help="held-out windows (default: all)")
 
 
@@ -228,6 +230,10 @@ def _from_zero(text: str) -> int:
 
 def _temperature(text: str) -> float:
     return float(_typed(float, text, lambda value: 0 <= value < float("inf"), "must be a number of at least 0"))
+
+
+def _corpus(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
 
 
 def _bytes(text: str) -> int:

@@ -7,18 +7,19 @@ import argparse
 import os
 import sys
 
-from gptdist.errors import EXIT_DONE, EXIT_FAILED
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, CorpusError
 
 
 def verify(args: argparse.Namespace) -> int:
     """Print every problem found; exit 1 if there is one."""
     from data_tools.corpus.verify import verify_corpus
+    from gptdist.data.fetch import without_secrets
 
     problems = verify_corpus(args.corpus, args.workers or _cores())
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{args.corpus}: every byte is as it was built")
+        print(f"{without_secrets(str(args.corpus))}: every byte is as it was built")
     return EXIT_FAILED if problems else EXIT_DONE
 
 
@@ -34,6 +35,13 @@ def index(args: argparse.Namespace) -> int:
     """Write manifest and indexes anew."""
     from data_tools.corpus.index import rebuild_index
 
+    if isinstance(args.corpus, str):
+        from gptdist.data.fetch import without_secrets
+
+        raise CorpusError(
+            f"data index writes into the corpus, and {without_secrets(args.corpus)} is a URL. Copy the corpus to a "
+            "folder, make its index there, and copy manifest.json and the indexes back."
+        )
     manifest = rebuild_index(args.corpus, args.workers or _cores())
     shards = sum(len(split.shards) for split in manifest.splits.values())
     names = ", ".join(split.index.file for split in manifest.splits.values())

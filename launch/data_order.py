@@ -6,6 +6,7 @@ Knows the console; `data_tools/corpus/order.py` and `order_check.py` know the or
 import argparse
 import sys
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
@@ -29,11 +30,11 @@ def main(args: argparse.Namespace) -> int:
     config = loaded.config
     # The order is the same for any number of ranks, so the least that the layout needs stands for all.
     check_run(config, config.parallel.tensor * config.parallel.pipeline, loaded.origins)
-    run = RunOrder(config, lambda step: samples_at_step(step, config.train, config.schedule))
-    if args.check:
-        return _check_order(run, args.epoch or 0)
-    for line in run.step_lines(args.step) if args.step else run.document_lines(args.document):
-        print(line)
+    with closing(RunOrder(config, lambda step: samples_at_step(step, config.train, config.schedule))) as run:
+        if args.check:
+            return _check_order(run, args.epoch or 0)
+        for line in run.step_lines(args.step) if args.step else run.document_lines(args.document):
+            print(line)
     return EXIT_DONE
 
 
@@ -50,8 +51,9 @@ def _check_order(run: "RunOrder", epoch: int) -> int:
         holds &= proof.holds
         verdict = "each window exactly once" if proof.holds else "NOT each window exactly once"
         print(
-            f"{name}: epoch {epoch}, {proof.samples:,} samples over {proof.windows:,} windows: {proof.used:,} windows "
-            f"used, {proof.outside:,} outside the corpus: {verdict} ({time.monotonic() - started:.1f} s)",
+            f"{run.readers[name].corpus}: epoch {epoch}, {proof.samples:,} samples over {proof.windows:,} windows: "
+            f"{proof.used:,} windows used, {proof.outside:,} outside the corpus: {verdict} "
+            f"({time.monotonic() - started:.1f} s)",
             flush=True,
         )
     blend = prove_blend(run.source.blend, run.total_samples, progress)

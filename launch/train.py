@@ -3,6 +3,8 @@
 This is where the parts meet; each part is handed its own section and knows nothing of the others.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.zero_config import memory_note
-from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
+from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CorpusError, StorageError
 from gptdist.layout import Layout
 from gptdist.model.parameters import flops_per_token, parameter_count
 from gptdist.monitor.console import CorpusUse, RunHeader, render_run_header
@@ -34,6 +36,7 @@ from gptdist.monitor.sinks import Sinks, build_sinks, check_sinks
 from gptdist.monitor.throughput import Throughput
 from gptdist.train.evaluate import blend_values, held_out_values
 from gptdist.train.loop import Actions, Sections, TrainLoop
+from gptdist.train.lost_shards import AgreeingLoader, lose_alike
 from gptdist.train.progress import (
     Progress,
     check_same_data,
@@ -72,6 +75,11 @@ class RunData:
             reader.close()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The corpora as they may be shown: without what may be secret in a URL."""
+        return tuple(reader.corpus for reader in self.train.values())
+
+    @property
     def manifests(self) -> dict[str, Manifest]:
         return {name: reader.manifest for name, reader in self.train.items()}
 
@@ -87,6 +95,7 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
         with comms.together():
             data = open_data(config)
         try:
+            _check_alike(config, comms, data)
             return _train(loaded, layout, world, comms, data, fresh)
         finally:
             data.close()
@@ -111,6 +120,18 @@ def open_data(config: RunConfig) -> RunData:
     # One shorter than a window has nothing to evaluate on.
     validation = {name: reader for name, reader in held_out.items() if reader.num_tokens > length}
     return RunData(tokenizer, train, validation, stores)
+
+
+def _check_alike(config: RunConfig, comms: Comms, data: RunData) -> None:
+    """Raise CorpusError, on all ranks, where not all have the same corpora: one node's copy may be an older one."""
+    own = json.dumps(data_identity(config, data.manifests), sort_keys=True)
+    digests = comms.gather(hashlib.sha256(own.encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise CorpusError(
+            f"Not all ranks have the same corpus: {', '.join(data.names)} of rank {other} has another index or "
+            f"tokenizer than that of rank 0. Copy the same corpus to every node, or put it where all can read it."
+        )
 
 
 def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
@@ -151,7 +172,9 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
-        loader = _build_loader(config, layout, engine, data)
+        plain = _build_loader(config, layout, engine, data)
+        allowed = config.data.max_unreadable_shards
+        loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
         try:
             with _sinks(config, comms, progress) as sinks:
                 loop = _build_loop(config, layout, engine, comms, data, loader, progress, sinks)
@@ -201,13 +224,23 @@ def _check_before_writing(
             loader.next()
         finally:
             loader.close()
-        length, train = config.model.sequence_length, config.train
-        rank, size = engine.groups.data_rank, layout.data
-        for reader in data.validation.values():
-            for _ in held_out_batches(reader, length, train.eval_samples, train.micro_batch_size, rank, size):
-                pass
         if comms.is_first:
             _check_room(config)
+    _read_held_out(config, engine, comms, data)
+
+
+def _read_held_out(config: RunConfig, engine: TrainEngine, comms: Comms, data: RunData) -> None:
+    """Read what an evaluation reads, so that what cannot be read ends all ranks, or is passed over by all."""
+    length, train = config.model.sequence_length, config.train
+    rank, size = engine.groups.data_rank, engine.layout.data
+    readers = tuple(data.validation.values())
+
+    def read() -> None:
+        for reader in readers:
+            for _ in held_out_batches(reader, length, train.eval_samples, train.micro_batch_size, rank, size):
+                pass
+
+    lose_alike(comms, read, readers, config.data.max_unreadable_shards)
 
 
 def _check_room(config: RunConfig) -> None:
@@ -265,7 +298,7 @@ def _build_loop(
     engine: TrainEngine,
     comms: Comms,
     data: RunData,
-    loader: BatchLoader,
+    loader: BatchLoader | AgreeingLoader,
     progress: Progress,
     sinks: Sinks,
 ) -> TrainLoop:
@@ -279,6 +312,8 @@ def _build_loop(
 
     def evaluate(progress: Progress) -> dict[str, float]:
         train = config.train
+        if any(reader.wants_ahead for reader in data.validation.values()):
+            _read_held_out(config, engine, comms, data)  # it may have to be fetched again
         by_corpus = {
             names[name]: held_out_values(engine, reader, train.eval_samples, train.micro_batch_size)
             for name, reader in data.validation.items()
@@ -341,7 +376,7 @@ def corpus_uses(config: RunConfig, data: RunData) -> tuple[CorpusUse, ...]:
     uses = []
     for (name, reader), count in zip(data.train.items(), counts, strict=True):
         split = reader.manifest.split("train")
-        uses.append(CorpusUse(name, split.tokens, split.documents, count / samples, epochs[name]))
+        uses.append(CorpusUse(reader.corpus, split.tokens, split.documents, count / samples, epochs[name]))
     return tuple(uses)
 
 

@@ -16,6 +16,7 @@ from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
+from gptdist.data.fetch import is_url, without_secrets
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
 from gptdist.errors import CheckpointError
@@ -93,18 +94,18 @@ def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusT
     """From the run's folder, else from the corpus; it must be the one the model was trained with."""
     trained_on = checkpoint.state["data"]
     wanted, end_of_text = trained_on["tokenizer"], trained_on["end_of_text"]
-    places = [
+    places: list[Path | str] = [
         path / TOKENIZER_FILE,
         checkpoint.path.parent.parent / TOKENIZER_FILE,
         Path(config.launch.run_dir) / TOKENIZER_FILE,
-        *map(Path, corpus_names(config.data)),
+        *corpus_names(config.data),
     ]
     for place in places:
-        if place.exists():
+        if is_url(place) or Path(place).exists():
             tokenizer = CorpusTokenizer.load(place, end_of_text)
             if tokenizer.sha256 == wanted:
                 return tokenizer
     raise CheckpointError(
         f"the tokenizer that {checkpoint.path} was trained with (sha256 {wanted[:12]}...) is in none of "
-        f"{', '.join(str(place) for place in dict.fromkeys(places))}. Put its file there."
+        f"{', '.join(without_secrets(str(place)) for place in dict.fromkeys(places))}. Put its file there."
     )

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from gptdist.config.sections import RunConfig
-from gptdist.data.corpora import build_source, open_corpora
+from gptdist.data.corpora import build_source, open_corpora, open_stores
 from gptdist.data.reader import TokenReader
 from gptdist.data.samples import Place, SampleSource
 from gptdist.errors import ConfigError, CorpusError
@@ -47,10 +47,16 @@ class RunOrder:
     def __init__(self, config: RunConfig, samples_at_step: SamplesAtStep) -> None:
         self.config = config
         self.length = config.model.sequence_length
-        self.readers = open_corpora(config.data, "train")
+        self._stores = open_stores(config.data)
+        self.readers = open_corpora(config.data, "train", self._stores)
         self.source: SampleSource = build_source(config.data, self.readers, self.length)
         self._samples_at_step = samples_at_step
         self._documents = lru_cache(maxsize=32)(lambda name, chunk: chunk_documents(self.readers[name], chunk))
+
+    def close(self) -> None:
+        """Stop fetching."""
+        for store in self._stores.values():
+            store.close()
 
     @property
     def total_samples(self) -> int:
@@ -67,7 +73,7 @@ class RunOrder:
             place = self.source.place(sample)
             chunks, keys = self._touched(place)
             yield (
-                f"sample {sample}  {place.corpus}  epoch {place.epoch}  window {place.window}  chunk "
+                f"sample {sample}  {self._shown(place.corpus)}  epoch {place.epoch}  window {place.window}  chunk "
                 f"{'-'.join(dict.fromkeys((str(chunks[0]), str(chunks[-1]))))}  {', '.join(keys)}"
             )
 
@@ -78,19 +84,23 @@ class RunOrder:
             for document in find_document(reader, key):
                 found += 1
                 yield from self._uses(name, document, key)
-        for name, reader in open_corpora(self.config.data, "validation").items():
+        for reader in open_corpora(self.config.data, "validation", self._stores).values():
             for _ in find_document(reader, key):
                 found += 1
-                yield f"{key} is in {name}, held out (its validation split): no step trains on it"
+                yield f"{key} is in {reader.corpus}, held out (its validation split): no step trains on it"
         if not found:
             raise CorpusError(
-                f"There is no document {key!r} in {', '.join(self.readers)}. `gptdist data order CONFIG --step 1` "
-                "shows what keys look like."
+                f"There is no document {key!r} in {', '.join(map(self._shown, self.readers))}. "
+                "`gptdist data order CONFIG --step 1` shows what keys look like."
             )
 
     def step_of(self, sample: int) -> int:
         """The optimizer step, counted from 1, that trains on a sample."""
         return bisect_right(range(self.config.train.steps + 1), sample, key=self._samples_at_step)
+
+    def _shown(self, name: str) -> str:
+        """What may be shown of a corpus's name: a URL may hold a secret."""
+        return self.readers[name].corpus
 
     def _touched(self, place: Place) -> tuple[list[int], list[str]]:
         """The chunks and the documents of a window: its inputs and its targets, so sequence_length + 1 tokens."""
@@ -113,7 +123,8 @@ class RunOrder:
         windows = self.readers[name].num_windows(self.length)
         first = max(0, -(-(document.start - self.length) // self.length))
         last = min(windows - 1, (document.stop - 1) // self.length)
-        where = f"{key} is in {name}: tokens {document.start:,} to {document.stop - 1:,}, chunk {document.chunk}"
+        tokens = f"tokens {document.start:,} to {document.stop - 1:,}, chunk {document.chunk}"
+        where = f"{key} is in {self._shown(name)}: {tokens}"
         if first > last:
             yield f"{where}; after the last whole window, so no step trains on it"
             return

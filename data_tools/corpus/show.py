@@ -4,6 +4,7 @@ Reads tokens through the same reader as training, and keys from the tars. Knows 
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +13,26 @@ import numpy as np
 from data_tools.corpus.tar_members import ShardFile
 from gptdist.data.manifest import Manifest, SplitInfo
 from gptdist.data.reader import TokenReader
+from gptdist.data.store import Store, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 
 _SAMPLE_TOKENS = 200
 _SAMPLE_LINES = 12
 
 
-def render_corpus(corpus_dir: Path, split: str = "train", samples: int = 1) -> str:
-    """A summary of the corpus: tokenizer, totals of each split, and the beginnings of some documents decoded."""
-    corpus_dir = Path(corpus_dir)
-    manifest = Manifest.load(corpus_dir)
+def render_corpus(corpus: Path | str, split: str = "train", samples: int = 1) -> str:
+    """A summary of the corpus at a folder or URL: tokenizer, totals of each split, and the beginnings of some documents
+    decoded.
+    """
+    with closing(open_store(corpus)) as store:
+        return _render(store, split, samples)
+
+
+def _render(store: Store, split: str, samples: int) -> str:
+    manifest = Manifest.load(store)
     tokenizer = manifest.tokenizer
     lines = [
-        f"corpus     {corpus_dir}",
+        f"corpus     {store.name}",
         f"tokenizer  {tokenizer.kind}, {tokenizer.vocab_size:,} ids, end of text {tokenizer.end_of_text}, "
         f"sha256 {tokenizer.sha256[:12]}",
         f"tokens     {manifest.dtype}",
@@ -38,7 +46,7 @@ def render_corpus(corpus_dir: Path, split: str = "train", samples: int = 1) -> s
     dropped = manifest.build.get("dropped")
     if isinstance(dropped, dict) and dropped:
         lines.append(f"left out   {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}")
-    for sample in sample_documents(corpus_dir, split, samples):
+    for sample in sample_documents(store, split, samples):
         lines.append(f"sample {_printable(sample.key)} ({sample.tokens:,} tokens)")
         lines.extend(f"  | {_printable(line)}" for line in sample.text.splitlines()[:_SAMPLE_LINES])
     return "\n".join(lines) + "\n"
@@ -53,10 +61,10 @@ class SampleDocument:
     text: str
 
 
-def sample_documents(corpus_dir: Path, split: str, count: int) -> Iterator[SampleDocument]:
+def sample_documents(store: Store, split: str, count: int) -> Iterator[SampleDocument]:
     """At most `count` documents from all over the split, at most one a chunk: the first of it."""
-    reader = TokenReader(corpus_dir, split)
-    tokenizer = CorpusTokenizer.load(corpus_dir)
+    reader = TokenReader("", split, store=store)
+    tokenizer = CorpusTokenizer.of_corpus(store, reader.manifest)
     info = reader.manifest.split(split)
     count = min(count, len(reader.index))
     for number in range(count):
@@ -65,12 +73,12 @@ def sample_documents(corpus_dir: Path, split: str, count: int) -> Iterator[Sampl
         length = int(np.argmax(tokens == tokenizer.end_of_text))
         text = tokenizer.decode(tokens[: min(length, _SAMPLE_TOKENS)].tolist())
         shard = info.shards[int(reader.index.shard[chunk])]
-        yield SampleDocument(_first_key(corpus_dir / shard.file, int(reader.index.sample_offset[chunk])), length, text)
+        yield SampleDocument(_first_key(store.path(shard), int(reader.index.sample_offset[chunk])), length, text)
 
 
 def sample_text(corpus_dir: Path, split: str = "train") -> str:
     """The beginning of the split's first document, decoded."""
-    return next((sample.text for sample in sample_documents(Path(corpus_dir), split, 1)), "")
+    return next((sample.text for sample in sample_documents(open_store(corpus_dir), split, 1)), "")
 
 
 def unigram_entropy(corpus_dir: Path, split: str = "train") -> float:

@@ -1,12 +1,14 @@
-"""Checks a corpus folder against its manifest and index, byte for byte and chunk for chunk.
+"""Checks a corpus against its manifest and index, byte for byte and chunk for chunk, in a folder or behind a URL.
 
-Reads everything; changes nothing. What it finds is returned as sentences, the first bad thing first, the same for any
-number of workers. Memory: a worker holds one chunk of a shard.
+Reads everything, from a URL one shard a worker at a time; changes nothing. What it finds is returned as sentences, the
+first bad thing first, the same for any number of workers. Memory: a worker holds one chunk of a shard.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -15,16 +17,24 @@ from data_tools.corpus.shards import chunk_key
 from data_tools.corpus.tar_members import ChunkContent, ShardFile, TarChunk
 from gptdist.data.chunk_index import ChunkIndex
 from gptdist.data.digest import chunk_digest, file_sha256
+from gptdist.data.fetch import is_url
 from gptdist.data.manifest import Manifest, ShardInfo, SplitInfo
+from gptdist.data.store import Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError
+
+# What is not as it was built does not become so by waiting long.
+_FETCH_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class _ShardTask:
-    """A shard to check, with all that a worker must know of the corpus. `index_path` is None where that is damaged."""
+    """A shard to check, with all that a worker must know of the corpus. What a URL gives is put into the folder
+    `fetched`; `index_path` is None where the index is damaged.
+    """
 
-    path: Path
+    corpus: Path | str
+    fetched: str
     split: str
     number: int
     info: ShardInfo
@@ -36,26 +46,35 @@ class _ShardTask:
     end_of_text: int
 
 
-def verify_corpus(corpus_dir: Path, workers: int = 1) -> list[str]:
-    """Every problem found in the corpus at `corpus_dir`; an empty list means that all is as it was built."""
-    corpus_dir = Path(corpus_dir)
+def verify_corpus(corpus: Path | str, workers: int = 1) -> list[str]:
+    """Every problem found in the corpus at a folder or URL; an empty list means that all is as it was built."""
+    # The node's own cache may hold what is no longer behind the URL.
+    with TemporaryDirectory(prefix="gptdist-verify-") as fetched, closing(_open(corpus, fetched)) as store:
+        return _problems(corpus, store, fetched, workers)
+
+
+def _open(corpus: Path | str, fetched: str) -> Store:
+    return open_store(corpus, StoreSettings(fetched, fetch_attempts=_FETCH_ATTEMPTS))
+
+
+def _problems(corpus: Path | str, store: Store, fetched: str, workers: int) -> list[str]:
     try:
-        manifest = Manifest.load(corpus_dir)
+        manifest = Manifest.load(store)
     except CorpusError as error:
         return [str(error)]
-    problems = list(_tokenizer_problems(corpus_dir, manifest))
+    problems = list(_tokenizer_problems(store, manifest))
     tasks: list[_ShardTask] = []
     places: list[int] = []  # how many problems go before those of a shard
     for name, split in manifest.splits.items():
-        index, found = _check_index(corpus_dir, name, split)
+        index, found = _check_index(store, name, split)
         problems.extend(found)
-        new = _shard_tasks(corpus_dir, manifest, name, split, index)
+        new = _shard_tasks(corpus, fetched, manifest, name, split, index)
         tasks.extend(new)
         places.extend([len(problems)] * len(new))
     of_shards = _run(tasks, workers)
     for place, found in reversed(list(zip(places, of_shards, strict=True))):
         problems[place:place] = found
-    return [*problems, *_strangers(corpus_dir, manifest)]
+    return problems if is_url(corpus) else [*problems, *_strangers(Path(corpus), manifest)]
 
 
 def _run(tasks: list[_ShardTask], workers: int) -> list[list[str]]:
@@ -71,9 +90,9 @@ def _run(tasks: list[_ShardTask], workers: int) -> list[list[str]]:
     return results
 
 
-def _tokenizer_problems(corpus_dir: Path, manifest: Manifest) -> Iterator[str]:
+def _tokenizer_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     try:
-        tokenizer = CorpusTokenizer.load(corpus_dir)
+        tokenizer = CorpusTokenizer.of_corpus(store, manifest)
     except CorpusError as error:
         yield str(error)
         return
@@ -83,11 +102,14 @@ def _tokenizer_problems(corpus_dir: Path, manifest: Manifest) -> Iterator[str]:
         yield f"manifest.json says tokenizer (kind, ids, end of text) {said}; {manifest.tokenizer.file} has {found}."
 
 
-def _check_index(corpus_dir: Path, name: str, split: SplitInfo) -> tuple[Path | None, list[str]]:
+def _check_index(store: Store, name: str, split: SplitInfo) -> tuple[Path | None, list[str]]:
     """The path of the index where it can be trusted, and the problems of index and totals."""
-    path = corpus_dir / split.index.file
     problems = []
-    if problem := _file_problem(path, split.index.bytes, split.index.sha256):
+    try:
+        path = store.path(split.index, keep=True)
+    except CorpusError as error:
+        return None, [f"Index {error}"]
+    if problem := _file_problem(path, store.shown(split.index.file), split.index.bytes, split.index.sha256):
         problems.append(f"Index {problem}")
     else:
         try:
@@ -111,7 +133,7 @@ def _order_problems(path: Path, index: ChunkIndex) -> Iterator[str]:
 
 
 def _shard_tasks(
-    corpus_dir: Path, manifest: Manifest, name: str, split: SplitInfo, index_path: Path | None
+    corpus: Path | str, fetched: str, manifest: Manifest, name: str, split: SplitInfo, index_path: Path | None
 ) -> list[_ShardTask]:
     tasks: list[_ShardTask] = []
     first_chunk = 0
@@ -120,7 +142,8 @@ def _shard_tasks(
         first_chunk = chunks.stop
         tasks.append(
             _ShardTask(
-                corpus_dir / shard.file,
+                corpus,
+                fetched,
                 name,
                 number,
                 shard,
@@ -136,33 +159,44 @@ def _shard_tasks(
 
 
 def _shard_problems(task: _ShardTask) -> list[str]:
+    with closing(_open(task.corpus, task.fetched)) as store:
+        try:
+            path = store.path(task.info)
+        except CorpusError as error:
+            return [f"Shard {error}"]
+        problems = _file_problems(task, path, store.shown(task.info.file))
+        store.refetch(task.info)  # a copy is of no further use
+        return problems
+
+
+def _file_problems(task: _ShardTask, path: Path, shown: str) -> list[str]:
     index = ChunkIndex.open(task.index_path, *task.index_totals) if task.index_path else None
-    problem = _file_problem(task.path, task.info.bytes, task.info.sha256)
+    problem = _file_problem(path, shown, task.info.bytes, task.info.sha256)
     try:
         if problem:
-            where = _first_bad_chunk(task, index) if index is not None else ""
+            where = _first_bad_chunk(task, path, index) if index is not None else ""
             return [f"Shard {problem}{where}"]
-        return list(_content_problems(task, index)) if index is not None else []
+        return list(_content_problems(task, path, shown, index)) if index is not None else []
     except CorpusError as error:
         return [f"Shard {problem}"] if problem else [str(error)]
 
 
-def _file_problem(path: Path, expected_bytes: int, expected_sha256: str) -> str | None:
+def _file_problem(path: Path, shown: str, expected_bytes: int, expected_sha256: str) -> str | None:
     try:
         size = path.stat().st_size
         if size != expected_bytes:
             what = "truncated" if size < expected_bytes else "too long"
-            return f"{path} is {what}: {size:,} bytes, not {expected_bytes:,}."
+            return f"{shown} is {what}: {size:,} bytes, not {expected_bytes:,}."
         if file_sha256(path) != expected_sha256:
-            return f"{path} is damaged: its sha256 is not the one in manifest.json."
+            return f"{shown} is damaged: its sha256 is not the one in manifest.json."
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}."
+        return f"{shown} cannot be read: {error.strerror}."
     return None
 
 
-def _first_bad_chunk(task: _ShardTask, index: ChunkIndex) -> str:
+def _first_bad_chunk(task: _ShardTask, path: Path, index: ChunkIndex) -> str:
     """A sentence on the first chunk of a damaged shard whose bytes are not what was built, or nothing."""
-    with ShardFile(task.path) as shard:
+    with ShardFile(path) as shard:
         for chunk in task.chunks:
             start, end = int(index.sample_offset[chunk]), index.sample_end(chunk, task.info.bytes)
             if chunk_digest(shard.read(start, end)) != int(index.digest[chunk]):
@@ -171,21 +205,21 @@ def _first_bad_chunk(task: _ShardTask, index: ChunkIndex) -> str:
     return ""
 
 
-def _content_problems(task: _ShardTask, index: ChunkIndex) -> Iterator[str]:
+def _content_problems(task: _ShardTask, path: Path, shown: str, index: ChunkIndex) -> Iterator[str]:
     """What an undamaged shard and the index say differently: a fault of whatever built them."""
-    with ShardFile(task.path) as shard:
+    with ShardFile(path) as shard:
         in_tar = 0
         for chunk, found in enumerate(shard.chunks(), task.chunks.start):
             in_tar += 1
             if chunk in task.chunks:
                 for problem in _chunk_problems(task, index, chunk, shard, found):
-                    yield f"Shard {task.path}, byte {found.docs.offset:,}: chunk {chunk}: {problem}"
+                    yield f"Shard {shown}, byte {found.docs.offset:,}: chunk {chunk}: {problem}"
     first, stop = task.chunks.start, task.chunks.stop
     tokens = int(index.token_start[stop] - index.token_start[first])
     documents = int(index.document_start[stop] - index.document_start[first])
     if (in_tar, tokens, documents) != (task.info.chunks, task.info.tokens, task.info.documents):
         yield (
-            f"Shard {task.path} holds {in_tar:,} chunks, {tokens:,} tokens, {documents:,} documents; manifest.json "
+            f"Shard {shown} holds {in_tar:,} chunks, {tokens:,} tokens, {documents:,} documents; manifest.json "
             f"says {task.info.chunks:,}, {task.info.tokens:,}, {task.info.documents:,}."
         )
 

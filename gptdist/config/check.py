@@ -126,18 +126,6 @@ def rule_local_shuffle(config: RunConfig, world_size: int) -> Iterator[Broken]:
             yield Broken(text, (f"data.{key}", "data.shuffle"))
 
 
-def rule_unreadable_shards(config: RunConfig, world_size: int) -> Iterator[Broken]:
-    """Ranks that hold parts of one model must train on the same tokens, and each decides for itself what to skip."""
-    data, parallel = config.data, config.parallel
-    if data.max_unreadable_shards and parallel.tensor * parallel.pipeline > 1:
-        text = (
-            f"data.max_unreadable_shards ({data.max_unreadable_shards}) needs parallel.tensor and parallel.pipeline of "
-            f"1; they are {parallel.tensor} and {parallel.pipeline}, and ranks of one model could skip different "
-            "shards. Set data.max_unreadable_shards: 0."
-        )
-        yield Broken(text, ("data.max_unreadable_shards", "parallel.tensor", "parallel.pipeline"))
-
-
 def rule_world_size(config: RunConfig, world_size: int) -> Iterator[Broken]:
     """tensor x pipeline divides the world size."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
@@ -345,7 +333,6 @@ RULES: tuple[Rule, ...] = (
     rule_blend,
     rule_phases,
     rule_local_shuffle,
-    rule_unreadable_shards,
     rule_world_size,
     rule_attention_heads,
     rule_tensor_divides,

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from gptdist.config.sections import BlendPart, DataConfig
 from gptdist.config.weights import whole_weights
 from gptdist.data.blend import BlendOrder, Phase
+from gptdist.data.fetch import without_secrets
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.manifest import Manifest
 from gptdist.data.order import WindowOrder
@@ -67,6 +68,8 @@ def blend_phases(data: DataConfig) -> tuple[Phase, ...]:
 def build_source(data: DataConfig, readers: Mapping[str, TokenReader], sequence_length: int) -> SampleSource:
     """The samples of a run over the readers of its training split."""
     orders = {name: build_order(data, reader, sequence_length) for name, reader in readers.items()}
+    if data.shuffle == "local":
+        _check_room(data, readers)
     return SampleSource(readers, orders, BlendOrder(blend_phases(data)), sequence_length)
 
 
@@ -75,18 +78,41 @@ def build_order(data: DataConfig, reader: TokenReader, sequence_length: int) -> 
     num_windows = reader.num_windows(sequence_length)
     if data.shuffle == "global":
         return WindowOrder(data.seed, num_windows)
+    block_windows = max(1, _block_tokens(data, reader) // sequence_length)
+    return LocalOrder(data.seed, num_windows, block_windows, data.shuffle_blocks)
+
+
+def _block_tokens(data: DataConfig, reader: TokenReader) -> int:
     shards = max(1, len(reader.manifest.split(reader.split).shards))
-    block_tokens = data.shuffle_block_tokens or reader.num_tokens // shards
-    # The buffer that is read and the one that is fetched meanwhile.
-    reader.check_room(2 * data.shuffle_blocks * block_tokens, "two buffers of the local shuffle (data.shuffle_blocks)")
-    return LocalOrder(data.seed, num_windows, max(1, block_tokens // sequence_length), data.shuffle_blocks)
+    return data.shuffle_block_tokens or reader.num_tokens // shards
+
+
+def _check_room(data: DataConfig, readers: Mapping[str, TokenReader]) -> None:
+    """Raise StorageError where the cache cannot hold two buffers of each corpus of a phase: the one that is read and
+    the one that is fetched meanwhile.
+    """
+    fetched = {name: reader for name, reader in readers.items() if reader.wants_ahead}
+    room = {
+        name: reader.room_for(2 * data.shuffle_blocks, _block_tokens(data, reader)) for name, reader in fetched.items()
+    }
+    for phase in blend_phases(data):
+        names = [name for name, weight in phase.weights if weight and name in fetched]
+        if names:
+            whose = f" of each of {len(names)} corpora" if len(names) > 1 else ""
+            what = f"two buffers of the local shuffle{whose} (data.shuffle_blocks, data.shuffle_block_tokens)"
+            fetched[names[0]].store.check_room(sum(room[name] for name in names), what)
 
 
 def short_names(names: tuple[str, ...]) -> dict[str, str]:
-    """What to call corpora in names of metrics: the last part of the path where that tells them apart."""
-    last = {name: PurePosixPath(name).name or name for name in names}
-    unique = len(set(last.values())) == len(names)
-    return last if unique else {name: name for name in names}
+    """What to call corpora in names of metrics: the last part of the path where that tells them apart. Of a URL
+    nothing is shown that may be a secret.
+    """
+    shown = {name: without_secrets(name) for name in names}
+    last = {name: PurePosixPath(shown[name].removesuffix("?***")).name or shown[name] for name in names}
+    for candidates in (last, shown):
+        if len(set(candidates.values())) == len(names):
+            return candidates
+    return {name: f"{shown[name]} {number}" for number, name in enumerate(names, 1)}
 
 
 def _phase(from_sample: int, blend: tuple[BlendPart, ...]) -> Phase:
@@ -102,13 +128,14 @@ def _check_alike(readers: Mapping[str, TokenReader]) -> None:
         own, other = reader.manifest.tokenizer.sha256, readers[first].manifest.tokenizer.sha256
         if own != other:
             raise CorpusError(
-                f"{first} and {name} were built with different tokenizers (sha256 {other[:12]}... and {own[:12]}...); "
-                f"a run needs one. Build one of them again with --tokenizer and the other's tokenizer.json."
+                f"{readers[first].corpus} and {reader.corpus} were built with different tokenizers (sha256 "
+                f"{other[:12]}... and {own[:12]}...); a run needs one. Build one of them again with --tokenizer and "
+                "the other's tokenizer.json."
             )
         index = reader.manifest.split("train").index.sha256
         if index in seen:
             raise CorpusError(
-                f"{seen[index]} and {name} are the same corpus, so its text would come twice. Name it by one of them, "
-                "with their weights added up."
+                f"{readers[seen[index]].corpus} and {reader.corpus} are the same corpus, so its text would come twice. "
+                "Name it by one of them, with their weights added up."
             )
         seen[index] = name

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gptdist.data.order import micro_batches
-from gptdist.data.reader import TokenReader
+from gptdist.data.reader import LostShard, TokenReader
 from gptdist.data.samples import SampleSource
 from gptdist.errors import ConfigError
 
@@ -26,13 +26,14 @@ _SAMPLES_LOCATED_AT_ONCE = 1024
 class LoadedBatch:
     """One data rank's part of a global batch.
 
-    `tokens` is int64 [num_micro_batches, micro_batch_size, sequence_length + 1]; `wait_seconds` is how long training
-    waited.
+    `tokens` is int64 [num_micro_batches, micro_batch_size, sequence_length + 1]; `lost` are the shards that were passed
+    over when it was read; `wait_seconds` is how long training waited.
     """
 
     first_sample: int
     global_batch_size: int
     tokens: torch.Tensor
+    lost: tuple[LostShard, ...]
     wait_seconds: float
 
 
@@ -41,6 +42,7 @@ class _Ready:
     first_sample: int
     global_batch_size: int
     tokens: torch.Tensor
+    lost: tuple[LostShard, ...]
 
 
 class BatchLoader:
@@ -77,9 +79,8 @@ class BatchLoader:
             raise RuntimeError("BatchLoader.next() before start()")
         started = time.perf_counter()
         ready = self._run.take()
-        return LoadedBatch(
-            ready.first_sample, ready.global_batch_size, ready.tokens, wait_seconds=time.perf_counter() - started
-        )
+        waited = time.perf_counter() - started
+        return LoadedBatch(ready.first_sample, ready.global_batch_size, ready.tokens, ready.lost, waited)
 
     def close(self) -> None:
         """Stop reading ahead; returns when the thread has ended."""
@@ -97,7 +98,7 @@ class BatchLoader:
                 tokens = np.empty((*samples.shape, length), dtype=np.int64)
                 self.source.prepare(sample)
                 self.source.read(located[done : done + samples.size], tokens.reshape(-1, length))
-                yield _Ready(sample, size, torch.from_numpy(tokens))
+                yield _Ready(sample, size, torch.from_numpy(tokens), self.source.lost)
                 sample += size
                 done += samples.size
 

@@ -10,7 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -39,6 +39,14 @@ class UnreadableShard(CorpusError):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
+
+
+class LostShard(NamedTuple):
+    """A shard that is passed over, and why. Plain data: ranks tell it each other."""
+
+    corpus: str
+    number: int
+    message: str
 
 
 class _Shard:
@@ -99,9 +107,14 @@ class TokenReader:
         return self.store.wants_ahead
 
     @property
-    def unreadable_shards(self) -> int:
-        """How many shards are passed over because they cannot be read."""
-        return len(self._unreadable)
+    def lost(self) -> tuple[LostShard, ...]:
+        """The shards that are passed over because they cannot be read, by number."""
+        return tuple(LostShard(self.corpus, number, text) for number, text in sorted(self._unreadable.items()))
+
+    def lose(self, number: int, message: str) -> None:
+        """Pass over a shard that another rank cannot read, so that both serve the same windows."""
+        self._shards.pop(number, None)
+        self._unreadable[number] = message
 
     def num_windows(self, sequence_length: int) -> int:
         """How many windows there are. Raises CorpusError where there is not even one."""
@@ -176,12 +189,16 @@ class TokenReader:
         numbers = dict.fromkeys(number for first, last in shards.tolist() for number in range(first, last + 1))
         self.store.fetch_ahead([self._lines[number] for number in numbers if number not in self._unreadable])
 
-    def check_room(self, num_tokens: int, what: str) -> None:
-        """Raise StorageError where shards of `num_tokens` tokens, needed at once for `what`, do not fit the cache."""
-        if self.store.wants_ahead and self.num_tokens:
-            mean_bytes = sum(shard.bytes for shard in self._lines[:1000]) / len(self._lines[:1000])
-            shards = -(-num_tokens * len(self._lines) // self.num_tokens)
-            self.store.check_room(self._index_bytes + int(mean_bytes * min(shards, len(self._lines))), what)
+    def room_for(self, num_ranges: int, tokens_each: int) -> int:
+        """Bytes of the index and of the shards that so many ranges of tokens touch, where all shards are alike.
+
+        A range seldom begins where a shard does, so it touches one more than it would fill.
+        """
+        if not self.num_tokens:
+            return self._index_bytes
+        mean_bytes = sum(shard.bytes for shard in self._lines[:1000]) / len(self._lines[:1000])
+        shards = num_ranges * (1 - (-tokens_each * len(self._lines) // self.num_tokens))
+        return self._index_bytes + int(mean_bytes * min(shards, len(self._lines)))
 
     def close(self) -> None:
         """Unmap all shards, and close the store if it is the reader's own."""

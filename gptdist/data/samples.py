@@ -3,7 +3,7 @@
 Knows which window of which corpus a sample is, the same on every rank; does not know ranks, batches or torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from gptdist.data.blend import BlendOrder
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.order import WindowOrder
-from gptdist.data.reader import TokenReader
+from gptdist.data.reader import LostShard, TokenReader
 
 ShuffleOrder = WindowOrder | LocalOrder
 
@@ -117,11 +117,24 @@ class SampleSource:
             corpus.reader.fetch_ahead(ranges)
             self._asked_ahead[number] = range(buffer.first_sample, buffer.stop_sample)
 
+    @property
+    def lost(self) -> tuple[LostShard, ...]:
+        """The shards that are passed over because they cannot be read."""
+        return tuple(lost for corpus in self._corpora for lost in corpus.reader.lost)
+
+    def lose(self, lost: Iterable[LostShard]) -> None:
+        """Pass over these shards as well. Not while `read` runs in another thread."""
+        readers = {corpus.reader.corpus: corpus.reader for corpus in self._corpora}
+        for shard in lost:
+            readers[shard.corpus].lose(shard.number, shard.message)
+
     def passed_over(self) -> dict[str, float]:
-        """What this process could not read and replaced, for the metrics; nothing where all is well."""
+        """How many shards are passed over, and how many windows this process replaced for it, for the metrics; nothing
+        where all is well.
+        """
         readers = [corpus.reader for corpus in self._corpora]
         counts = {
-            "data/unreadable_shards": sum(reader.unreadable_shards for reader in readers),
+            "data/unreadable_shards": len(self.lost),
             "data/replaced_windows": sum(reader.replaced_windows for reader in readers),
         }
         return {name: float(count) for name, count in counts.items() if count}

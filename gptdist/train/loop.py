@@ -17,6 +17,7 @@ from gptdist.engine.engine import StepReport, TrainEngine
 from gptdist.monitor.sinks import Sinks
 from gptdist.monitor.throughput import Throughput, memory_bytes
 from gptdist.train.guards import SkipCounter, StopSignals, find_stop_file, take_stop_file
+from gptdist.train.lost_shards import AgreeingLoader
 from gptdist.train.progress import Progress
 from gptdist.train.schedule import batch_size_at, learning_rate, total_samples
 
@@ -47,7 +48,7 @@ class TrainLoop:
     def __init__(
         self,
         engine: TrainEngine,
-        loader: BatchLoader,
+        loader: BatchLoader | AgreeingLoader,
         sections: Sections,
         actions: Actions,
         progress: Progress,

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -229,6 +230,7 @@ def _run_command(argv: list[str], out_path: str, err_path: str, env: dict[str, s
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(env)
+    tempfile.tempdir = None  # TMPDIR counts, which may be in `env`
     torch.set_num_threads(1)  # the tests' machine is busy, and threads that wait for each other are slow on it
     from launch.cli import main
 

@@ -397,7 +397,7 @@ def test_windows_of_lost_shards_are_replaced_by_the_next(
     with opened(f"file://{folder}" if remote else folder, allowed) as store:
         reader = TokenReader("", "train", store=store)
         assert np.array_equal(read_all(reader), expected[replacement])
-        assert (reader.unreadable_shards, reader.replaced_windows) == (len(lost), int((~good).sum()))
+        assert (len(reader.lost), reader.replaced_windows) == (len(lost), int((~good).sum()))
         assert np.array_equal(reader.window(0, CONTEXT), expected[replacement[0]])
         assert reader.replaced_windows == int((~good).sum()) + 1
     with opened(f"file://{folder}" if remote else folder, changed(quick, max_unreadable_shards=4)) as store:
@@ -567,11 +567,23 @@ def test_a_cache_that_is_too_small_is_refused(corpus: Path, quick: StoreSettings
     with opened(f"file://{corpus}", too_small) as store, pytest.raises(StorageError, match=message):
         TokenReader("", "train", store=store)
     with opened(f"file://{corpus}", changed(quick, cache_size=needed)) as store:
-        reader = TokenReader("", "train", store=store)
-        reader.check_room(info.shards[0].tokens // 2, "little")
-        with pytest.raises(StorageError, match="for 16 blocks of local shuffle"):
-            reader.check_room(info.tokens, "16 blocks of local shuffle")
-    TokenReader(corpus, "train").check_room(10**15, "no cache, no bound")
+        TokenReader("", "train", store=store)
+
+
+def test_room_for_ranges_is_that_of_one_shard_more_each(corpus: Path) -> None:
+    reader = TokenReader(corpus, "train")
+    info = reader.manifest.split("train")
+    shard, tokens = info.shards[0].bytes, info.tokens // len(info.shards)
+    shards = [
+        (reader.room_for(ranges, each) - info.index.bytes) / shard
+        for ranges, each in ((1, 1), (3, tokens), (2, 4 * tokens))
+    ]
+    assert shards == pytest.approx([2, 6, 10], rel=0.01)
+    assert (
+        reader.room_for(100, tokens)
+        == reader.room_for(10**9, 10**9)
+        == info.index.bytes + sum(s.bytes for s in info.shards)
+    )
 
 
 def test_a_cache_that_others_fill_says_so(corpus: Path, quick: StoreSettings) -> None:
