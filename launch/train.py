@@ -3,8 +3,6 @@
 This is where the parts meet; each part is handed its own section and knows nothing of the others.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.zero_config import memory_note
-from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CorpusError, StorageError
+from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
 from gptdist.layout import Layout
 from gptdist.model.parameters import flops_per_token, parameter_count
 from gptdist.monitor.console import CorpusUse, RunHeader, render_run_header
@@ -41,6 +39,7 @@ from gptdist.train.progress import (
     Progress,
     check_same_data,
     check_same_model,
+    check_same_on_all_ranks,
     data_identity,
     restored_progress,
     run_state,
@@ -95,7 +94,7 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
         with comms.together():
             data = open_data(config)
         try:
-            _check_alike(config, comms, data)
+            check_same_on_all_ranks(data_identity(config, data.manifests), data.names, comms)
             return _train(loaded, layout, world, comms, data, fresh)
         finally:
             data.close()
@@ -120,18 +119,6 @@ def open_data(config: RunConfig) -> RunData:
     # One shorter than a window has nothing to evaluate on.
     validation = {name: reader for name, reader in held_out.items() if reader.num_tokens > length}
     return RunData(tokenizer, train, validation, stores)
-
-
-def _check_alike(config: RunConfig, comms: Comms, data: RunData) -> None:
-    """Raise CorpusError, on all ranks, where not all have the same corpora: one node's copy may be an older one."""
-    own = json.dumps(data_identity(config, data.manifests), sort_keys=True)
-    digests = comms.gather(hashlib.sha256(own.encode()).hexdigest())
-    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-    if other is not None:
-        raise CorpusError(
-            f"Not all ranks have the same corpus: {', '.join(data.names)} of rank {other} has another index or "
-            f"tokenizer than that of rank 0. Copy the same corpus to every node, or put it where all can read it."
-        )
 
 
 def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:

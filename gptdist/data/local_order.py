@@ -5,7 +5,8 @@ them in a row are a buffer, within which every window may follow any other, by a
 window comes once in an epoch, in O(1) time and memory, and the same for any number of ranks, as in `order.py`.
 
 What is kept of a uniform shuffle: where a block comes in the epoch is uniform, and so is the order within a buffer.
-What is not: two windows of a block are never further apart than a buffer is long.
+What is not: two windows of a block are never further apart than a buffer is long. A corpus of no more blocks than a
+buffer takes is one buffer, and so is shuffled uniformly.
 """
 
 from dataclasses import dataclass

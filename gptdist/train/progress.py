@@ -5,16 +5,20 @@ Does not read or write files.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from gptdist.comms import Comms
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import ModelConfig, RunConfig
 from gptdist.data.corpora import blend_phases
+from gptdist.data.fetch import without_secrets
 from gptdist.data.manifest import Manifest
-from gptdist.errors import CheckpointError
+from gptdist.errors import CheckpointError, CorpusError
 from gptdist.model.parameters import logical_shapes
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
@@ -71,13 +75,29 @@ def data_identity(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[
         {
             "from_sample": phase.from_sample,
             "blend": [
-                {"corpus": name, "index": manifests[name].split("train").index.sha256, "weight": weight}
+                {
+                    "corpus": without_secrets(name),
+                    "index": manifests[name].split("train").index.sha256,
+                    "weight": weight,
+                }
                 for name, weight in phase.weights
             ],
         }
         for phase in blend_phases(data)
     ]
     return identity
+
+
+def check_same_on_all_ranks(identity: dict[str, Any], names: Sequence[str], comms: Comms) -> None:
+    """Raises CorpusError, on all ranks, where not all have the same `data_identity`: a node's copy may be older."""
+    own = json.dumps(identity, sort_keys=True).encode()
+    digests = comms.gather(hashlib.sha256(own).hexdigest())
+    other = next((global_rank for global_rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise CorpusError(
+            f"Not all ranks have the same corpus: on rank {other}, {', '.join(names)} has another index or another "
+            "tokenizer than on rank 0. Copy the same corpus to every node, or put it where all can read it."
+        )
 
 
 def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, where: str) -> None:
