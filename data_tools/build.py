@@ -230,11 +230,11 @@ class _Build:
 
         Of a large corpus only some pieces are read, chosen by key, so that a sample costs the same for any size.
         """
-        options, pieces = self.plan.options, self.plan.pieces()[: self.plan.held_out_from]
+        options, pieces = self.plan.options, self.plan.sample_pieces()
         wanted = min(TOKENIZER_SAMPLE_BYTES, options.max_bytes or TOKENIZER_SAMPLE_BYTES)
         by_key = sorted(
             range(len(pieces)),
-            key=lambda index: keyed_hash(options.seed, "sample", pieces[index].files[0].key.encode()),
+            key=lambda index: keyed_hash(options.seed, "sample", _piece_name(pieces[index])),
         )
         chosen, total = [], 0
         for index in by_key:
@@ -346,6 +346,10 @@ class _Build:
 
 def _result_name(prefix: str, index: int) -> str:
     return f"{prefix}-{index:06d}.json"
+
+
+def _piece_name(piece: Piece) -> bytes:
+    return f"{piece.files[0].key}@{piece.start}".encode()
 
 
 def _piece_bytes(piece: Piece) -> int:

@@ -103,6 +103,10 @@ class Plan:
         """What is read, in the order of keys; those from `held_out_from` on are held-out text."""
         return [*cut_pieces(self.files, self.piece_bytes), *self._held_out_pieces()]
 
+    def sample_pieces(self) -> list[Piece]:
+        """What a tokenizer may be trained on, cut the same whatever `piece_bytes` is: the corpus depends on these."""
+        return cut_pieces(self.files, SMALLEST_PIECE_BYTES)
+
     @property
     def held_out_from(self) -> int:
         return len(cut_pieces(self.files, self.piece_bytes))
