@@ -130,7 +130,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON, with the fingerprint."""
         raw: dict[str, Any] = {
-            **{name: [dict(zip(_FIELDS, _values(file), strict=True)) for file in getattr(self, name)] for name in _FILES},
+            **{
+                name: [dict(zip(_FIELDS, _values(file), strict=True)) for file in getattr(self, name)]
+                for name in _FILES
+            },
             "options": dataclasses.asdict(self.options),
             "sources": list(self.sources),
             "piece_bytes": self.piece_bytes,
