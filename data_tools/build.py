@@ -3,7 +3,8 @@
 An external merge sort: pieces of the sources are read, cleaned and tokenised into runs sorted by a keyed hash of each
 document; what concerns all documents is decided; each shard then takes its range of hashes from every run. The same
 sources and options give the same bytes, whoever did the work and however often it was killed. Memory, for any size of
-corpus: each worker holds a piece (`Plan.piece_bytes` of text, some five times over) or a shard (twice over).
+corpus: each worker holds a piece (`Plan.piece_bytes` of text, some six times over; a document that is larger than that,
+up to fifteen times) or a shard (twice over).
 """
 
 import os

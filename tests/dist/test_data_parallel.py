@@ -253,7 +253,8 @@ def test_workers_end_in_the_middle_of_a_task_when_their_caller_is_killed(tmp_pat
     assert len(workers) == 2
     time.sleep(1)  # they have begun
     caller.kill()
-    caller.communicate()
+    caller.stdout.close()  # not `communicate`, which would wait for workers that still have the other end
+    caller.wait()
     deadline = time.monotonic() + 10
     while any("forkserver" in command_of(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
