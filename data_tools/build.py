@@ -3,9 +3,11 @@
 An external merge sort: pieces of the sources are read, cleaned and tokenised into runs sorted by a keyed hash of each
 document; what concerns all documents is decided; each shard then takes its range of hashes from every run. The same
 sources and options give the same bytes, whoever did the work and however often it was killed. Memory, for any size of
-corpus: each worker holds a piece (`Plan.piece_bytes` of text, some five times over) or a shard (twice over).
+corpus: each worker holds a piece (`Plan.piece_bytes` of text, some six times over; a document that is larger than that,
+up to fifteen times) or a shard (twice over).
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,16 +93,25 @@ def build_corpus(
     plan = make_plan(
         _named(sources), _named(validation_sources), _named(decontaminate), _options(named, options), piece_bytes
     )
-    if (existing := _existing(out_dir, plan)) is not None:
-        return BuiltCorpus(existing)
-    share = share or Share()
     work = WorkFolder(out_dir)
-    build = _Build(work, plan, team or Alone(), share, progress or NoProgress(), tokenizer, fast)
-    try:
-        with work.locked(share.part, share.parts):
-            return build.run(ready)
-    except OSError as error:
-        raise work.storage_error(error) from error
+    share = share or Share()
+    existing = _existing(work, plan)
+    if existing is None:
+        build = _Build(work, plan, team or Alone(), share, progress or NoProgress(), tokenizer, fast)
+        try:
+            with work.locked(share.part, share.parts):
+                existing = _existing(work, plan)  # now that nobody else is at it
+                if existing is None:
+                    return build.run(ready)
+        except (GptdistError, OSError) as error:
+            # To a part that comes late anything may happen when the first one finishes and clears up.
+            existing = _existing(work, plan) if share.part else None
+            if existing is None and isinstance(error, OSError):
+                raise work.storage_error(error) from error
+            if existing is None:
+                raise
+    work.discard_leftovers()
+    return BuiltCorpus(existing)
 
 
 def _named(sources: Sequence[str | Path]) -> list[str]:
@@ -114,16 +125,25 @@ def _options(tokenizer: str, options: dict[str, Any]) -> BuildOptions:
     return BuildOptions(tokenizer=tokenizer, **given)
 
 
-def _existing(out_dir: Path, plan: Plan) -> Manifest | None:
-    """The corpus that is already there, where it is the one asked for."""
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+def _existing(work: WorkFolder, plan: Plan) -> Manifest | None:
+    """The corpus that is already there, where it is the one asked for. Raises CorpusError for what is in the way."""
+    there = work.target
+    if not there.exists():
         return None
-    if (out_dir / MANIFEST_FILE).is_file():
-        manifest = Manifest.load(out_dir)
+    if there.is_dir() and not any(there.iterdir()):
+        if os.path.ismount(there):
+            raise CorpusError(
+                f"{work.out_dir} is where another file system is mounted, and a corpus gets its name by a rename. Name "
+                f"a folder in it, such as --out {work.out_dir / 'corpus'}."
+            )
+        return None
+    if (there / MANIFEST_FILE).is_file():
+        manifest = Manifest.load(there)
         if manifest.build.get("plan") == plan.identity():
             return manifest
     raise CorpusError(
-        f"{out_dir} exists and is not the corpus of these sources and options. Remove it, or name another with --out."
+        f"{work.out_dir} exists and is not the corpus of these sources and options. Remove it, or name another with "
+        "--out."
     )
 
 
@@ -139,18 +159,16 @@ class _Build:
         self.leads = share.part == 0
         raw = plan.to_dict()
         self.raw_plan = raw
-        self.job = Job(str(work.out_dir), raw["fingerprint"])
+        self.job = Job(str(work.target), raw["fingerprint"])
         self.fresh_text_bytes = self.fresh_tokens = 0
         self.encoders: set[str] = set()
 
     def run(self, ready: CorpusTokenizer | None) -> BuiltCorpus | None:
-        if self.leads:
-            if self.work.take_up(self.raw_plan, self.share.parts):
-                self.progress.note(f"going on with the build in {self.work.path}")
-        else:
-            self._wait(lambda: [] if self.work.has_plan(self.raw_plan["fingerprint"]) else ["the plan"], "the plan")
         open_job.cache_clear()
         try:
+            if self.leads and self.work.take_up(self.raw_plan, self.share.parts):
+                self.progress.note(f"going on with the build in {self.work.path}")
+            self._wait(lambda: [] if self.work.has_plan(self.raw_plan["fingerprint"]) else ["the plan"], "the plan")
             self._check_room()
             if self.plan.evaluation:
                 self._find_common_grams()
@@ -161,7 +179,8 @@ class _Build:
             if self.plan.options.dedup != "none":
                 self._find_duplicates()
             count = sum(decisions["shards"].values())
-            self._stage("write shards", write_one_shard, "shard", [1] * count, "shards")
+            # Others do not wait for the last stage: when the first part has seen its end, it removes the folder.
+            self._stage("write shards", write_one_shard, "shard", [1] * count, "shards", wait=self.leads)
             if not self.leads:
                 return None
             manifest, statistics = finish_corpus(open_job(self.job))
@@ -174,8 +193,10 @@ class _Build:
     def _give_up(self, error: BaseException) -> None:
         """Let the other parts know; leave nothing behind where nothing is worth keeping."""
         if self.share.parts > 1:
-            self.work.tell_failed(error)
+            if not self._is_finished():
+                self.work.tell_failed(self.share.part, error)
         elif isinstance(error, GptdistError | OSError) and not self.work.any_file("run-*"):
+            self.team.close()  # a worker that is not done yet would write into what is being removed
             self.work.discard()
 
     def _check_room(self) -> None:
@@ -210,11 +231,11 @@ class _Build:
 
         Of a large corpus only some pieces are read, chosen by key, so that a sample costs the same for any size.
         """
-        options, pieces = self.plan.options, self.plan.pieces()[: self.plan.held_out_from]
+        options, pieces = self.plan.options, self.plan.sample_pieces()
         wanted = min(TOKENIZER_SAMPLE_BYTES, options.max_bytes or TOKENIZER_SAMPLE_BYTES)
         by_key = sorted(
             range(len(pieces)),
-            key=lambda index: keyed_hash(options.seed, "sample", pieces[index].files[0].key.encode()),
+            key=lambda index: keyed_hash(options.seed, "sample", _piece_name(pieces[index])),
         )
         chosen, total = [], 0
         for index in by_key:
@@ -257,7 +278,15 @@ class _Build:
         if self.plan.options.dedup == "near":
             self._stage("find near duplicates", find_near_duplicates, "near", [1] * counts["near"], "parts")
 
-    def _stage(self, name: str, task: Task, prefix: str, sizes: Sequence[int] | Mapping[int, int], unit: str) -> None:
+    def _stage(
+        self,
+        name: str,
+        task: Task,
+        prefix: str,
+        sizes: Sequence[int] | Mapping[int, int],
+        unit: str,
+        wait: bool = True,
+    ) -> None:
         """Have `task` done for every number in `sizes`, as far as its result is not there: this part's share of it."""
         by_index = dict(sizes) if isinstance(sizes, Mapping) else dict(enumerate(sizes))
         mine = [index for place, index in enumerate(by_index) if place % self.share.parts == self.share.part]
@@ -271,12 +300,13 @@ class _Build:
                 self._advance(by_index[index], found, resumed=True)
         for number, result in self.team.run(task, [(self.job, index) for index in todo]):
             self._advance(by_index[todo[number]], result)
-        self._wait(
-            lambda: [
-                _result_name(prefix, index) for index in by_index if not self.work.has(_result_name(prefix, index))
-            ],
-            name,
-        )
+        left = [_result_name(prefix, index) for index in by_index] if wait else []
+
+        def missing() -> list[str]:
+            left[:] = [result for result in left if not self.work.has(result)]  # what is there stays
+            return left
+
+        self._wait(missing, name)
 
     def _advance(self, size: int, result: dict[str, Any], resumed: bool = False) -> None:
         statistics = result.get("statistics", {})
@@ -302,12 +332,25 @@ class _Build:
         return self.work.load(name)
 
     def _wait(self, missing: Callable[[], list[str]], what: str) -> None:
+        def checked() -> list[str]:
+            if self._is_finished():
+                raise CorpusError(f"{self.work.out_dir} has been finished by the other parts.")
+            return missing()
+
         if self.share.parts > 1:
-            self.work.wait_for(missing, what, self.share.patience_seconds)
+            self.work.wait_for(checked, what, self.share.patience_seconds)
+
+    def _is_finished(self) -> bool:
+        """Whether the first part has finished while this one, which came late, was at it."""
+        return not self.leads and _existing(self.work, self.plan) is not None
 
 
 def _result_name(prefix: str, index: int) -> str:
     return f"{prefix}-{index:06d}.json"
+
+
+def _piece_name(piece: Piece) -> bytes:
+    return f"{piece.files[0].key}@{piece.start}".encode()
 
 
 def _piece_bytes(piece: Piece) -> int:

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         handler: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
         code = handler(args) or EXIT_DONE
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-`
+            sys.stdout.flush()
         return code
     except GptdistError as error:
         show_error(error)

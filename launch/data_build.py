@@ -5,6 +5,7 @@ Reads the command line and the launcher's environment; `data_tools/build.py` doe
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ def main(args: argparse.Namespace) -> int:
     if args.text_field:
         given["text_fields"] = tuple(args.text_field)
     part, parts = find_part(os.environ, args.part)
+    if parts > 1 and args.part is None:
+        print(
+            f"part {part} of {parts} of {args.out}, as the Slurm array has it; --part 0/1 builds alone",
+            file=sys.stderr,
+        )
     started = time.monotonic()
     with _team(args.workers, parts) as (team, first_part, more_parts):
         if team is None:

@@ -60,10 +60,10 @@ def split_bound(validation_fraction: float, lowest: int, highest: int) -> int:
     """The split hash from which texts train, given the lowest and the highest there is.
 
     A text validates when its hash falls into the lowest `validation_fraction`. Of two or more different texts, where a
-    fraction is asked for, at least one validates and at least one trains.
+    fraction is asked for, at least one validates and at least one trains; a single one trains.
     """
     bound = int(validation_fraction * HASH_RANGE)
-    if validation_fraction > 0 and lowest != highest:
+    if validation_fraction > 0:
         bound = min(max(bound, lowest + 1), highest)
     return bound
 

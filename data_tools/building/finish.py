@@ -22,6 +22,7 @@ from gptdist.data.manifest import (
     SplitInfo,
     TokenizerInfo,
 )
+from gptdist.errors import CorpusError
 
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
@@ -40,13 +41,19 @@ def finish_corpus(build: OpenJob) -> tuple[Manifest, BuildStatistics]:
                 statistics.offer_sample(sample_class, sample_hash, key, build.tokenizer.decode(ids))
     for source, documents, text_bytes in build.decisions.over_limit:
         statistics.add_dropped("over the size limit", build.plan.sources[source], documents, text_bytes)
+    splits = {split: _finish_split(build, split, results) for split in SPLITS}
+    if not splits["train"].documents:
+        dropped = ", ".join(f"{counts.documents:,} {reason}" for reason, counts in sorted(statistics.dropped.items()))
+        raise CorpusError(
+            f"No document is left to train on ({dropped}). Look at the sources, or at the options that drop documents."
+        )
     tokenizer = build.tokenizer
     manifest = Manifest(
         tokenizer=TokenizerInfo(
             tokenizer.kind, TOKENIZER_FILE, tokenizer.sha256, tokenizer.vocab_size, tokenizer.end_of_text
         ),
         dtype="uint16" if build.dtype.itemsize == 2 else "uint32",
-        splits={split: _finish_split(build, split, results) for split in SPLITS},
+        splits=splits,
         build={
             "plan": build.plan.identity(),
             "dropped": {reason: counts.documents for reason, counts in sorted(statistics.dropped.items())},

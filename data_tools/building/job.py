@@ -161,7 +161,8 @@ class OpenJob:
     def drops(self, low: int, high: int) -> dict[str, Dropped]:
         """What was dropped as a duplicate, by reason, among documents of these orders."""
         found: dict[str, Dropped] = {}
-        for reason, prefix in ((EXACT, "exact"), (NEAR, "near")):
+        stages = {"none": [], "exact": [(EXACT, "exact")], "near": [(EXACT, "exact"), (NEAR, "near")]}
+        for reason, prefix in stages[self.plan.options.dedup]:
             places = self.dropped_places(prefix, low, high)
             if len(places):
                 found[reason] = Dropped(places)
@@ -169,8 +170,10 @@ class OpenJob:
 
     def dropped_places(self, prefix: str, low: int = 0, high: int = HASH_RANGE) -> np.ndarray:
         """Places (run << 32 | row) that the stage `prefix` dropped, of orders in [low, high): int64."""
-        files = sorted(self.work.path.glob(f"{prefix}-*.safetensors"))
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(_places(path, low, high) for path in files)])
+        # By name, not by a listing: other nodes' caches of a shared folder show new files in it late.
+        names = [f"{prefix}-{index:06d}.safetensors" for index in range(self.load("partitions.json")[prefix])]
+        places = [_places(self.work.path / name, low, high) for name in names]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *places])
 
     def load(self, name: str) -> Any:
         """A JSON file that an earlier stage left."""
@@ -210,4 +213,4 @@ def _places(path: Path, low: int, high: int) -> np.ndarray:
     order = columns["order"]
     first = int(order.searchsorted(np.uint64(low)))
     last = len(order) if high >= HASH_RANGE else int(order.searchsorted(np.uint64(high)))
-    return columns["place"][first:last]
+    return columns["place"][first:last].copy()  # the file is not kept open

@@ -1,7 +1,7 @@
 """Sorted runs: tokenised documents in the corpus's order, on disk between reading and the shards that take them.
 
 A run is a safetensors file of columns, one row a document, sorted by `order`. Knows columns and files; not what a
-document is good for. Memory: a run while it is written, the asked slice when it is read.
+document is good for. Memory: a run while it is written, the documents asked for when it is read.
 """
 
 import io
@@ -144,38 +144,53 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class RunSlice:
-    """Consecutive rows of a run: `first_row` is where they begin; `token_ends` and `key_ends` count from the slice's
-    own beginning."""
+class RunRows:
+    """Some documents of a run, in memory: nothing of the file is held open. Document i ends at `token_ends[i]`."""
 
-    first_row: int
-    order: np.ndarray
     keys: list[bytes]
     tokens: np.ndarray
     token_ends: np.ndarray
     columns: dict[str, np.ndarray]
 
+
+class RunSlice:
+    """The rows of a run whose order is at least `low` and below `high`, mapped; `first_row` is where they begin."""
+
+    def __init__(self, path: Path, low: int, high: int) -> None:
+        self._run = map_columns(path)
+        self.first_row = _place(self._run["order"], low)
+        self._stop = max(self.first_row, _place(self._run["order"], high))
+
     def __len__(self) -> int:
-        return len(self.order)
+        return self._stop - self.first_row
+
+    def column(self, name: str) -> np.ndarray:
+        """One value (or row of values) for each document of the slice."""
+        return self._run[name][self.first_row : self._stop]
+
+    def take(self, rows: np.ndarray, names: Sequence[str]) -> RunRows:
+        """Documents of the slice by their rows in it, ascending, with the columns `names`: a copy."""
+        run, rows = self._run, rows + self.first_row
+        keys, key_ends = _gathered(run["keys"], run["key_ends"], rows)
+        tokens, token_ends = _gathered(run["tokens"], run["token_ends"], rows)
+        content, ends = keys.tobytes(), key_ends.tolist()
+        return RunRows(
+            keys=[content[start:end] for start, end in zip([0, *ends], ends, strict=False)],
+            tokens=tokens,
+            token_ends=token_ends,
+            columns={name: run[name][rows] for name in names},
+        )
 
 
-def read_slice(path: Path, low: int, high: int, names: Sequence[str]) -> RunSlice:
-    """The documents of a run whose order is at least `low` and below `high`, with the columns `names`."""
-    run = map_columns(path)
-    first, last = _place(run["order"], low), _place(run["order"], high)
-    token_ends, key_ends = run["token_ends"], run["key_ends"]
-    tokens_from, keys_from = (int(ends[first - 1]) if first else 0 for ends in (token_ends, key_ends))
-    tokens_to, keys_to = (int(ends[last - 1]) if last else 0 for ends in (token_ends, key_ends))
-    keys = run["keys"][keys_from:keys_to].tobytes()
-    ends = (key_ends[first:last] - keys_from).tolist()
-    return RunSlice(
-        first_row=first,
-        order=run["order"][first:last],
-        keys=[keys[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else [],
-        tokens=run["tokens"][tokens_from:tokens_to],
-        token_ends=token_ends[first:last] - tokens_from,
-        columns={name: run[name][first:last] for name in names},
-    )
+def _gathered(values: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the values of these rows in a row, where each row's end). Rows that lie side by side are copied as one."""
+    if not len(rows):
+        return values[:0].copy(), np.zeros(0, dtype=np.int64)
+    starts, stops = np.where(rows > 0, ends[rows - 1], 0), ends[rows]
+    gaps = np.flatnonzero(starts[1:] != stops[:-1])
+    firsts, lasts = starts[np.r_[0, gaps + 1]].tolist(), stops[np.r_[gaps, len(rows) - 1]].tolist()
+    pieces = [values[first:last] for first, last in zip(firsts, lasts, strict=True)]
+    return np.concatenate(pieces), np.cumsum(stops - starts)
 
 
 def _place(order: np.ndarray, value: int) -> int:

@@ -13,13 +13,14 @@ import numpy as np
 
 from data_tools.building.arrange import HASH_RANGE, Choice, order_hashes, shard_range, split_hashes
 from data_tools.building.job import Job, OpenJob, open_job
-from data_tools.building.runs import Batch, RunSlice, read_slice, sorted_rows, write_run
+from data_tools.building.runs import Batch, RunRows, RunSlice, sorted_rows, write_run
 from data_tools.corpus.shards import write_shard
 from data_tools.reporting.statistics import KEPT, SAMPLES_PER_CLASS, BuildStatistics
 from data_tools.sources.documents import BadDocument
 from data_tools.sources.formats import read_piece
+from data_tools.sources.pieces import Piece
 from data_tools.stages.clean import DropReason, clean, normalized_digest
-from data_tools.stages.contamination import cut
+from data_tools.stages.contamination import EvaluationGrams, cut
 from data_tools.stages.near import DEFAULT_BINS, band_keys, signature
 from data_tools.stages.words import hash_words
 from gptdist.errors import CorpusError
@@ -29,6 +30,7 @@ BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
 
 _SAMPLE_TOKENS = 160
+_COLUMNS = ("order", "text_bytes", "source")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def read_documents(job: Job, index: int) -> dict[str, Any]:
         runs.append(name)
         pending.clear()
 
-    for texts in _batches(_clean_documents(build, index, statistics)):
+    grams = None if index >= build.plan.held_out_from else build.grams
+    for texts in _batches(_clean_documents(build, build.pieces[index], grams, statistics)):
         pending.append(_batch(build, texts, dtype))
         documents += len(texts)
         tokens += len(pending[-1].tokens) + len(texts)
@@ -78,12 +81,13 @@ def read_documents(job: Job, index: int) -> dict[str, Any]:
 
 
 def sample_documents(job: Job, index: int) -> dict[str, Any]:
-    """Documents of piece `index` whose order is below the sampling limit: [order, whether held out, text] each."""
+    """Documents of sample piece `index` with an order below the sampling limit: [order, whether held out, text]."""
     build = open_job(job)
     options, limit = build.plan.options, int(build.load("sampling.json")["order_limit"])
     bound = np.uint64(int(options.validation_fraction * HASH_RANGE))
     chosen: list[tuple[int, bool, str]] = []
-    for texts in _batches(_clean_documents(build, index, BuildStatistics())):
+    piece = build.plan.sample_pieces()[index]
+    for texts in _batches(_clean_documents(build, piece, build.grams, BuildStatistics())):
         order = order_hashes(options.seed, [text.key for text in texts])
         held_out = split_hashes(options.seed, _digests(texts)) < bound
         chosen.extend(
@@ -94,11 +98,11 @@ def sample_documents(job: Job, index: int) -> dict[str, Any]:
     return build.save(f"sample-{index:06d}.json", {"documents": chosen})
 
 
-def _clean_documents(build: OpenJob, index: int, statistics: BuildStatistics) -> Iterator[_Text]:
-    """What of piece `index` is tokenised; `statistics` counts it and what is dropped."""
-    held_out = index >= build.plan.held_out_from
-    grams = None if held_out else build.grams
-    for file, document in read_piece(build.pieces[index], build.reading):
+def _clean_documents(
+    build: OpenJob, piece: Piece, grams: EvaluationGrams | None, statistics: BuildStatistics
+) -> Iterator[_Text]:
+    """What of `piece` is tokenised, without what has `grams`; `statistics` counts it and what is dropped."""
+    for file, document in read_piece(piece, build.reading):
         source = file.source
         if isinstance(document, BadDocument):
             if build.plan.options.on_bad_text == "error":
@@ -196,71 +200,65 @@ def write_one_shard(job: Job, index: int) -> dict[str, Any]:
     split, number, count = decisions.shard(index)
     low, high = shard_range(number, count)
     statistics = BuildStatistics()
-    parts: list[RunSlice] = []
-    chosen: list[np.ndarray] = []
+    parts: list[RunRows] = []
     drops = build.drops(low, high)
     samples: list[list[Any]] = []
     for place, (run, held_out) in enumerate(build.runs):
-        stop = high if held_out else min(high, decisions.order_limit)
-        part = read_slice(build.work.path / run, low, stop, ("split", "text_bytes", "source"))
-        if not len(part):
-            continue
+        # One run after the other is open, and of it only what goes into this shard is kept: there may be thousands,
+        # and a shard of the smaller split takes a wide range of each.
+        part = RunSlice(build.work.path / run, low, high if held_out else min(high, decisions.order_limit))
         choice = Choice(decisions.order_limit, HASH_RANGE if held_out else decisions.split_bound)
-        mine = choice.held_out(part.columns["split"]) == (split == "validation")
+        mine = choice.held_out(part.column("split")) == (split == "validation")
         for reason, dropped in drops.items():
             gone = mine & dropped.rows(place, part.first_row, len(part))
             _count_dropped(build, statistics, reason, part, gone)
-            samples += [_sample(reason, part, row) for row in np.flatnonzero(gone)[:SAMPLES_PER_CLASS].tolist()]
+            shown = part.take(np.flatnonzero(gone)[:SAMPLES_PER_CLASS], _COLUMNS)
+            samples += [_sample(reason, shown, row) for row in range(len(shown.keys))]
             mine &= ~gone
         if mine.any():
-            parts.append(part)
-            chosen.append(np.flatnonzero(mine))
+            parts.append(part.take(np.flatnonzero(mine), _COLUMNS))
     name = f"{split}-{number:05d}"
     result: dict[str, Any] = {"split": split, "info": None, "chunks": [], "text_bytes": 0}
     if parts:
-        documents = _merged(parts, chosen)
-        _count_kept(build, statistics, split, parts, chosen)
+        documents = _merged(parts)
+        _count_kept(build, statistics, split, parts)
         samples += [_sample(KEPT, parts[part], row) for part, row in documents[:SAMPLES_PER_CLASS]]
         tokens_of = ((parts[part].keys[row].decode(), _tokens(parts[part], row)) for part, row in documents)
         path = build.work.corpus / f"{name}.tar"
         written = write_shard(path, name, tokens_of, build.plan.options.chunk_tokens, build.dtype)
-        text_bytes = sum(int(part.columns["text_bytes"][rows].sum()) for part, rows in zip(parts, chosen, strict=True))
+        text_bytes = sum(int(part.columns["text_bytes"].sum()) for part in parts)
         result |= {"info": asdict(written.info), "chunks": written.chunks.tolist(), "text_bytes": text_bytes}
     return build.save(f"shard-{index:06d}.json", result | {"statistics": statistics.to_dict(), "samples": samples})
 
 
-def _merged(parts: list[RunSlice], chosen: list[np.ndarray]) -> list[tuple[int, int]]:
-    """(part, row) of every chosen document in the corpus's order."""
-    order = np.concatenate([part.order[rows] for part, rows in zip(parts, chosen, strict=True)])
-    part_of = np.repeat(np.arange(len(parts)), [len(rows) for rows in chosen])
-    row_of = np.concatenate(chosen)
-    keys = [parts[part].keys[row] for part, row in zip(part_of.tolist(), row_of.tolist(), strict=True)]
-    sequence = sorted_rows(order, keys)
+def _merged(parts: list[RunRows]) -> list[tuple[int, int]]:
+    """(part, row) of every document in the corpus's order."""
+    part_of = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
+    row_of = np.concatenate([np.arange(len(part.keys)) for part in parts])
+    order = np.concatenate([part.columns["order"] for part in parts])
+    sequence = sorted_rows(order, [key for part in parts for key in part.keys])
     return list(zip(part_of[sequence].tolist(), row_of[sequence].tolist(), strict=True))
 
 
-def _tokens(part: RunSlice, row: int) -> np.ndarray:
+def _tokens(part: RunRows, row: int) -> np.ndarray:
     return part.tokens[part.token_ends[row - 1] if row else 0 : part.token_ends[row]]
 
 
-def _count_kept(
-    build: OpenJob, statistics: BuildStatistics, split: str, parts: list[RunSlice], chosen: list[np.ndarray]
-) -> None:
-    for part, rows in zip(parts, chosen, strict=True):
-        lengths = np.diff(part.token_ends, prepend=0)[rows]
-        sources, text_bytes = part.columns["source"][rows], part.columns["text_bytes"][rows]
+def _count_kept(build: OpenJob, statistics: BuildStatistics, split: str, parts: list[RunRows]) -> None:
+    for part in parts:
+        lengths = np.diff(part.token_ends, prepend=0)
+        sources, text_bytes = part.columns["source"], part.columns["text_bytes"]
         statistics.add_kept_mixed(split, build.plan.sources, sources, text_bytes, lengths)
 
 
 def _count_dropped(build: OpenJob, statistics: BuildStatistics, reason: str, part: RunSlice, gone: np.ndarray) -> None:
-    rows = np.flatnonzero(gone)
-    for source in np.unique(part.columns["source"][rows]).tolist():
-        of_source = rows[part.columns["source"][rows] == source]
-        text_bytes = int(part.columns["text_bytes"][of_source].sum())
-        statistics.add_dropped(reason, build.plan.sources[source], len(of_source), text_bytes)
+    sources, text_bytes = part.column("source")[gone], part.column("text_bytes")[gone]
+    for source in np.unique(sources).tolist():
+        mine = sources == source
+        statistics.add_dropped(reason, build.plan.sources[source], int(mine.sum()), int(text_bytes[mine].sum()))
 
 
-def _sample(sample_class: str, part: RunSlice, row: int) -> list[Any]:
+def _sample(sample_class: str, part: RunRows, row: int) -> list[Any]:
     """What the report is to show of a document: the class, its sample hash, its key, and the ids of its beginning."""
     ids = _tokens(part, row)[:_SAMPLE_TOKENS].tolist()
-    return [sample_class, int(part.order[row]), part.keys[row].decode(), ids]
+    return [sample_class, int(part.columns["order"][row]), part.keys[row].decode(), ids]

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -189,12 +190,21 @@ def _serve(connection: Connection, path: list[str]) -> None:
     """A worker: takes tasks until the other end of the pipe is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, which lets the workers go
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # At once and not after its task: the next build of the folder may be another one.
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     sys.path[:] = path
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             task, given = connection.recv()
             connection.send(guarded(task, given))
     os._exit(0)  # the caller has gone: nothing is left to be said or flushed
+
+
+def _end_with_the_caller() -> None:
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os._exit(1)
 
 
 def _lost(task: Task, exit_code: int | None) -> str:

@@ -127,7 +127,11 @@ def test_parts_share_the_work(sources: Path, expected: dict[str, bytes], tmp_pat
 def test_a_part_that_fails_is_told_to_the_others(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     words = [str(sources / "text"), str(tmp_path / "bad.txt"), "--out", str(tmp_path / "c"), "--tokenizer", "bytes"]
-    parts = [start([*words, "--part", f"{part}/2", "--piece-bytes", "60000"]) for part in range(2)]
+    parts = [start([*words, "--part", "1/2", "--piece-bytes", "60000"])]
+    deadline = time.monotonic() + 60  # what failed before a part began is of an earlier attempt
+    while not (tmp_path / ".c.building" / "part-1.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    parts.append(start([*words, "--part", "0/2", "--piece-bytes", "60000"]))
     outputs = [part.communicate(timeout=60)[0] for part in parts]
     assert sorted(part.returncode for part in parts) == [1, 2]
     assert all("bad.txt is not UTF-8" in output for output in outputs)
@@ -224,6 +228,37 @@ def test_a_worker_that_is_killed_is_named_and_nobody_is_left(sources: Path, tmp_
     assert "run the same command to go on" in output
     assert not [pid for pid in victims if Path(f"/proc/{pid}").exists() and "data" in command_of(pid)]
     finished(start([*arguments(sources, tmp_path / "c"), "--workers", "2"]))
+
+
+def busy_for(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_workers_end_in_the_middle_of_a_task_when_their_caller_is_killed(tmp_path: Path) -> None:
+    """Else they would go on to write into a folder that may be another build's by then."""
+    program = tmp_path / "caller.py"
+    program.write_text(
+        "from data_tools.building.team import LocalTeam\n"
+        "from tests.dist.test_data_parallel import busy_for\n"
+        "if __name__ == '__main__':\n"
+        "    team = LocalTeam(2)\n"
+        "    team.while_waiting = lambda: print(*[one.pid for one in team._members.values()], flush=True)\n"
+        "    list(team.run(busy_for, [(60.0,), (60.0,)]))\n"
+    )
+    caller = subprocess.Popen(
+        [sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert caller.stdout is not None
+    workers = [int(word) for word in caller.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(1)  # they have begun
+    caller.kill()
+    caller.stdout.close()  # not `communicate`, which would wait for workers that still have the other end
+    caller.wait()
+    deadline = time.monotonic() + 10
+    while any("forkserver" in command_of(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in workers if "forkserver" in command_of(pid)]
 
 
 def children(pid: int) -> list[int]:
