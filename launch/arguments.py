@@ -153,7 +153,7 @@ def _add_data_build(build: Parser) -> None:
     work = build.add_argument_group("who does it")
     work.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
     work.add_argument(
-        "--piece-bytes", type=_bytes, metavar="SIZE", help="text a worker reads at a time (default: 32MiB)"
+        "--piece-bytes", type=_bytes, metavar="SIZE", help="text a worker reads at a time (default: 32MiB to 256MiB)"
     )
     work.add_argument(
         "--part",

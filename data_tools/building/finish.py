@@ -1,6 +1,6 @@
 """The last stage of a build: index, manifest and report of the shards that are there, then the corpus gets its name.
 
-Knows what is in a corpus folder besides shards. Memory: 40 bytes for each chunk and some hundred for each shard.
+Knows what is in a corpus folder besides shards. Memory: half a kilobyte for each chunk.
 """
 
 import hashlib
