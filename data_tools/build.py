@@ -23,13 +23,14 @@ from data_tools.building.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE
 from data_tools.building.plan import BuildOptions, Plan, make_plan
 from data_tools.building.tasks import read_documents, sample_documents, write_one_shard
 from data_tools.building.team import Alone, Task, Team
-from data_tools.building.work import WorkFolder, write_durably
+from data_tools.building.work import WorkFolder
 from data_tools.reporting.progress import NoProgress, Progress
 from data_tools.reporting.statistics import BuildStatistics
 from data_tools.sources.pieces import Piece
 from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
 from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.durable import write_durably
 from gptdist.errors import CorpusError, GptdistError, StorageError
 
 # Text that a tokenizer is trained on: more changes the merges little and takes minutes.
@@ -195,6 +196,8 @@ class _Build:
         if self.share.parts > 1:
             if not self._is_finished():
                 self.work.tell_failed(self.share.part, error)
+        elif isinstance(error, KeyboardInterrupt) and self.work.any_file("run-*"):
+            self.progress.note(f"finished work is kept in {self.work.path}: the same command goes on from there")
         elif isinstance(error, GptdistError | OSError) and not self.work.any_file("run-*"):
             self.team.close()  # a worker that is not done yet would write into what is being removed
             self.work.discard()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gptdist.checkpoint.folder import free_bytes, write_durably
+from gptdist.checkpoint.folder import free_bytes
 from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
 from gptdist.comms import Comms
@@ -23,6 +23,7 @@ from gptdist.data.reader import TokenReader
 from gptdist.data.samples import SampleSource
 from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.durable import write_durably
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.zero_config import memory_note
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError

@@ -7,7 +7,6 @@ import hashlib
 from typing import Any
 
 from data_tools.building.job import OpenJob
-from data_tools.building.work import write_durably
 from data_tools.corpus.shards import CHUNK_COLUMNS
 from data_tools.reporting.report import CorpusReport, render_html, render_report
 from data_tools.reporting.statistics import BuildStatistics
@@ -22,6 +21,7 @@ from gptdist.data.manifest import (
     SplitInfo,
     TokenizerInfo,
 )
+from gptdist.durable import write_durably
 from gptdist.errors import CorpusError
 
 REPORT_FILE = "report.json"

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from gptdist.durable import sync_folder, write_durably
 from gptdist.errors import CorpusError, StorageError, WorkerFailed
 
 CORPUS = "corpus"
@@ -134,7 +135,8 @@ class WorkFolder:
 
     def save(self, name: str, value: Any) -> None:
         """A JSON file, whole or not at all; for its owner's eyes only, since URLs of sources can hold credentials."""
-        write_durably(self.path / name, json.dumps(value).encode(), mode=0o600)
+        path = self.path / name
+        write_durably(path, json.dumps(value).encode(), 0o600, temporary_path(path))
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
@@ -200,14 +202,14 @@ class WorkFolder:
     def finish(self) -> None:
         """Give the corpus its name, and let go of everything else."""
         _drop_temporaries(self.corpus)
-        _sync_folder(self.corpus)
+        sync_folder(self.corpus)
         try:
             os.rename(self.corpus, self.target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise CorpusError(f"{self.out_dir} has appeared meanwhile. Remove it and run the same command.") from None
-        _sync_folder(self.target.parent)
+        sync_folder(self.target.parent)
         self.discard()
 
     def storage_error(self, error: OSError) -> StorageError:
@@ -242,25 +244,3 @@ def _drop_temporaries(folder: Path) -> None:
 def temporary_path(path: Path) -> Path:
     """A name beside `path` for what is not finished: this process's own, among all nodes that share the folder."""
     return path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
-
-
-def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """A file, whole or not at all, on the disk when this returns."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.building.team import Alone, LocalTeam, Team
-from data_tools.building.work import write_durably
 from data_tools.corpus.shards import chunk_key
 from data_tools.corpus.tar_members import ChunkContent, ShardFile
 from data_tools.corpus.verify import content_problems
@@ -35,6 +34,7 @@ from gptdist.data.manifest import (
     TokenizerInfo,
 )
 from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.durable import write_durably
 from gptdist.errors import CorpusError, StorageError
 
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{5,}})\.tar")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptdist.data.blend import BlendOrder, Phase
-from gptdist.data.samples import ShuffleOrder
+from gptdist.data.order import EpochOrder
 
 WINDOWS_AT_ONCE = 1 << 32  # 512 MiB of bits
 _SAMPLES_AT_ONCE = 1 << 20
@@ -47,7 +47,7 @@ class BlendProof:
         return not self.gaps and self.furthest < 1
 
 
-def prove_epoch(order: ShuffleOrder, epoch: int, progress: Progress | None = None) -> EpochProof:
+def prove_epoch(order: EpochOrder, epoch: int, progress: Progress | None = None) -> EpochProof:
     """Mark the window of every sample of the epoch and count the marks.
 
     A corpus of more windows than can be marked at once is gone through several times.

@@ -14,6 +14,7 @@ import stat
 from itertools import count
 from pathlib import Path
 
+from gptdist.durable import sync_folder
 from gptdist.errors import StorageError
 
 LATEST = "latest"
@@ -85,34 +86,6 @@ def remove_rubbish(checkpoints_dir: Path) -> None:
     for path in checkpoints_dir.iterdir():
         if path.name.startswith((_TEMPORARY + "step-", _DOOMED + "step-")) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file whole: into a temporary neighbour, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a folder and say so; their renames are synchronous.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def regular_file_size(path: Path) -> int | None:

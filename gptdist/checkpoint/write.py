@@ -21,7 +21,6 @@ from gptdist.checkpoint.folder import (
     set_aside,
     storage_error,
     temporary_path,
-    write_durably,
 )
 from gptdist.checkpoint.listing import prune
 from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Manifest, TensorEntry
@@ -33,6 +32,7 @@ from gptdist.checkpoint.tensor_file import (
     write_tensor_file,
 )
 from gptdist.comms import Comms
+from gptdist.durable import write_durably
 from gptdist.errors import CheckpointError, GptdistError
 
 _log = logging.getLogger(__name__)

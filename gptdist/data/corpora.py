@@ -12,9 +12,9 @@ from gptdist.data.blend import BlendOrder, Phase
 from gptdist.data.fetch import without_secrets
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.manifest import Manifest
-from gptdist.data.order import WindowOrder
+from gptdist.data.order import EpochOrder, WindowOrder
 from gptdist.data.reader import TokenReader
-from gptdist.data.samples import SampleSource, ShuffleOrder
+from gptdist.data.samples import SampleSource
 from gptdist.data.store import Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import ConfigError, CorpusError
@@ -73,7 +73,7 @@ def build_source(data: DataConfig, readers: Mapping[str, TokenReader], sequence_
     return SampleSource(readers, orders, BlendOrder(blend_phases(data)), sequence_length)
 
 
-def build_order(data: DataConfig, reader: TokenReader, sequence_length: int) -> ShuffleOrder:
+def build_order(data: DataConfig, reader: TokenReader, sequence_length: int) -> EpochOrder:
     """The order in which a corpus's windows come."""
     num_windows = reader.num_windows(sequence_length)
     if data.shuffle == "global":

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from gptdist.data.order import MAX_WINDOWS
+from gptdist.data.order import EpochOrder
 from gptdist.data.permutation import KeyedPermutation
 
 
@@ -27,47 +27,16 @@ class Buffer:
     window_ranges: tuple[tuple[int, int], ...]
 
 
-class LocalOrder:
-    """Sample number -> (epoch, window) for windows in blocks of `block_windows` neighbours; the last may be short."""
+class LocalOrder(EpochOrder):
+    """The local shuffle, in blocks of `block_windows` neighbours, of which the last may be short."""
 
     def __init__(self, seed: int, num_windows: int, block_windows: int, blocks_per_buffer: int) -> None:
-        if not 1 <= num_windows <= MAX_WINDOWS:
-            raise ValueError(f"num_windows is {num_windows}; an order needs 1 to {MAX_WINDOWS} windows")
+        super().__init__(seed, num_windows)
         if block_windows < 1 or blocks_per_buffer < 1:
             raise ValueError(f"{blocks_per_buffer} blocks of {block_windows} windows; both must be at least 1")
-        self.seed = seed
-        self.num_windows = num_windows
         self.block_windows = min(block_windows, num_windows)
         self.num_blocks = -(-num_windows // self.block_windows)
         self.blocks_per_buffer = min(blocks_per_buffer, self.num_blocks)
-
-    def window(self, sample: int) -> tuple[int, int]:
-        """The epoch and the window of sample number `sample`, counted from 0."""
-        if sample < 0:
-            raise ValueError(f"sample is {sample}; samples count from 0")
-        epoch, position = divmod(sample, self.num_windows)
-        return epoch, self._epoch(epoch).window(position)
-
-    def sample(self, epoch: int, window: int) -> int:
-        """The sample number that trains on `window` in `epoch`: the inverse of `window`."""
-        if not 0 <= window < self.num_windows:
-            raise ValueError(f"window is {window}; there are {self.num_windows}")
-        return epoch * self.num_windows + self._epoch(epoch).position_of(window)
-
-    def windows(self, first_sample: int, count: int) -> np.ndarray:
-        """Windows of samples `first_sample` to `first_sample + count - 1`: int64 [count]."""
-        return self.windows_of(np.arange(first_sample, first_sample + count, dtype=np.int64))
-
-    def windows_of(self, samples: np.ndarray) -> np.ndarray:
-        """Windows of any sample numbers: int64, the shape of `samples`."""
-        if samples.size and int(samples.min()) < 0:
-            raise ValueError(f"samples count from 0, not {int(samples.min())}")
-        epochs, positions = np.divmod(np.asarray(samples, dtype=np.int64), self.num_windows)
-        windows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            windows[chosen] = self._epoch(int(epoch)).windows(positions[chosen])
-        return windows
 
     def buffer_of(self, sample: int) -> Buffer:
         """The buffer that sample number `sample` is drawn from; the next one begins at its `stop_sample`."""
@@ -102,7 +71,7 @@ class _Epoch:
         self._after_short_buffer = self._start(self._short_buffer + 1)
         self._after_short = (self._short_slot + 1) * block_windows - self._missing
 
-    def window(self, position: int) -> int:
+    def at(self, position: int) -> int:
         padded_position = position if position < self._after_short_buffer else position + self._missing
         buffer = padded_position // self._buffer
         start = self._start(buffer)
@@ -112,15 +81,15 @@ class _Epoch:
         slot, offset = divmod(place, self._block)
         return self._blocks.at(slot) * self._block + offset
 
-    def position_of(self, window: int) -> int:
-        block, offset = divmod(window, self._block)
+    def position_of(self, point: int) -> int:
+        block, offset = divmod(point, self._block)
         place = self._blocks.position_of(block) * self._block + offset
         buffer = place // self._buffer
         if buffer == self._short_buffer and place >= self._after_short:
             place -= self._missing
         return self._start(buffer) + self._shuffle(buffer).position_of(place - buffer * self._buffer)
 
-    def windows(self, positions: np.ndarray) -> np.ndarray:
+    def of(self, positions: np.ndarray) -> np.ndarray:
         padded_positions = np.where(positions < self._after_short_buffer, positions, positions + self._missing)
         buffers = padded_positions // self._buffer
         by_buffer = np.argsort(buffers, kind="stable")

@@ -5,6 +5,9 @@ its own. How samples are dealt to data ranks is here too, and never changes whic
 corpora far away, is in `local_order.py`.
 """
 
+from abc import ABC, abstractmethod
+from typing import Protocol
+
 import numpy as np
 
 from gptdist.data.permutation import MAX_SIZE, KeyedPermutation
@@ -13,8 +16,24 @@ from gptdist.errors import ConfigError
 MAX_WINDOWS = MAX_SIZE
 
 
-class WindowOrder:
-    """Sample number -> (epoch, window) for a corpus of `num_windows` windows: any window may follow any."""
+class Arrangement(Protocol):
+    """The order of one epoch: a permutation of the windows."""
+
+    def at(self, position: int) -> int:
+        """The window at `position`."""
+        ...
+
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """The windows at many positions: int64."""
+        ...
+
+    def position_of(self, point: int) -> int:
+        """The position of a window: the inverse of `at`."""
+        ...
+
+
+class EpochOrder(ABC):
+    """Sample number -> (epoch, window) for a corpus of `num_windows` windows, each once in an epoch."""
 
     def __init__(self, seed: int, num_windows: int) -> None:
         if not 1 <= num_windows <= MAX_WINDOWS:
@@ -49,6 +68,14 @@ class WindowOrder:
             chosen = epochs == epoch
             windows[chosen] = self._epoch(int(epoch)).of(positions[chosen])
         return windows
+
+    @abstractmethod
+    def _epoch(self, epoch: int) -> Arrangement:
+        """The order of an epoch."""
+
+
+class WindowOrder(EpochOrder):
+    """The global shuffle: any window may follow any."""
 
     def _epoch(self, epoch: int) -> KeyedPermutation:
         return KeyedPermutation(f"gptdist window order: seed {self.seed}, epoch {epoch}", self.num_windows)

@@ -10,10 +10,8 @@ import numpy as np
 
 from gptdist.data.blend import BlendOrder
 from gptdist.data.local_order import LocalOrder
-from gptdist.data.order import WindowOrder
+from gptdist.data.order import EpochOrder
 from gptdist.data.reader import LostShard, TokenReader
-
-ShuffleOrder = WindowOrder | LocalOrder
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Located:
 @dataclass(frozen=True)
 class _Corpus:
     reader: TokenReader
-    order: ShuffleOrder
+    order: EpochOrder
 
 
 class SampleSource:
@@ -48,7 +46,7 @@ class SampleSource:
     def __init__(
         self,
         readers: Mapping[str, TokenReader],
-        orders: Mapping[str, ShuffleOrder],
+        orders: Mapping[str, EpochOrder],
         blend: BlendOrder,
         sequence_length: int,
     ) -> None:
