@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gptdist.checkpoint.read import Checkpoint
-from tests.dist.fork_server import fork_server
+from tests.dist.fork_server import check_forked, fork_server
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.005
@@ -217,6 +217,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def _run_command(argv: list[str], out_path: str, err_path: str, env: dict[str, str]) -> None:
     """The command's process: as one started from a shell, but for the imports that are already there."""
+    check_forked()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server itself ends when pytest does
     os.setsid()
     for number, path in ((1, out_path), (2, err_path)):

@@ -6,6 +6,7 @@ every rank and every command would import that anew, seconds each. So ours is st
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -27,6 +28,13 @@ def fork_server() -> ForkServerContext:
         forkserver.ensure_running()
     _started[:] = [server._forkserver_pid]
     return context
+
+
+def check_forked() -> None:
+    """In a process of that context: nothing is to be imported here. Without this, forks of another server would pass."""
+    preloaded = sys.modules.get("tests.dist.preloaded")
+    if preloaded is None or preloaded.LOADED_BY != os.getppid():
+        raise RuntimeError("this process was forked before tests/dist/preloaded.py was imported")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from gptdist.world import World
-from tests.dist.fork_server import fork_server
+from tests.dist.fork_server import check_forked, fork_server
 
 MOST_RANKS = 8
 MOST_THREADS = 20
@@ -137,6 +137,7 @@ def _raise_first(failures: dict[int, _Failure], give_up: bool) -> None:
 
 def _serve(pipe: Connection) -> None:
     """A rank's life: one function after the other, until the pool closes the pipe or dies."""
+    check_forked()
     threading.Thread(target=_end_with_pytest, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
