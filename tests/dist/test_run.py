@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,27 @@ def test_stop_after_and_fresh(commands: Commands, tmp_path: Path) -> None:
     assert checkpoint_names(run_dir) == ["step-00000002"]
     assert curve(run_dir)[1] != first[1], "it did not start anew"
     assert "seed: 7" in (run_dir / "config.yaml").read_text()
+
+
+def test_processes_of_their_own_do_the_same(commands: Commands, tmp_path: Path) -> None:
+    """All other commands here are forked from a process that has imported everything; these are as from a shell."""
+    run_dir = tmp_path / "run"
+    words = commands.train_words(run_dir, 2, train__steps=MANY, checkpoint__interval=0)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen([sys.executable, "-m", "launch.cli", *words], cwd=ROOT, stdout=out, stderr=err)
+        while last_step(run_dir) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        code = process.wait(60)
+    assert code == 75, (tmp_path / "err").read_text()
+    assert open_last(run_dir).step == last_step(run_dir)
+    assert f"Step {last_step(run_dir)} is saved" in (tmp_path / "out").read_text()
+
+    words = ["generate", str(run_dir), "--prompt", "def ", "--tokens", "4"]
+    shell = [sys.executable, "-m", "launch.cli", *words]
+    ended = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == commands.run(*words).expect(0).out
 
 
 # -- the whole way -----------------------------------------------------------------------------------------------
