@@ -15,9 +15,9 @@ import pytest
 
 from data_tools.build import build_corpus
 from data_tools.corpus.verify import verify_corpus
+from tests.dist.cases import is_full
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = bool(os.environ.get("GPTDIST_FULL"))
 LAUNCHERS = ("SLURM_", "PMI_", "OMPI_", "MPI_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -182,7 +182,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     finished(start(words))
     took = time.monotonic() - took
     shutil.rmtree(tmp_path / "c")
-    while kills < (100 if FULL else 5):
+    while kills < (100 if is_full() else 5):
         process = start(words)
         try:
             process.wait(chance.uniform(0.2 * took, took))
