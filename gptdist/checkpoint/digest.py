@@ -9,7 +9,6 @@ damage; against somebody who wants to deceive there is the sha256 of every file.
 from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ def partial_digest(array: np.ndarray, box: Box, shape: Shape) -> int:
         return 0
     width = box.shape[-1] if shape else 1
     first = box.start[-1] if shape else 0
-    bits: Any = array.view(f"u{array.dtype.itemsize}").reshape(-1, width)
+    bits = array.view(f"u{array.dtype.itemsize}").reshape(-1, width)
     sums: Words = np.zeros(len(bits), dtype=np.uint64)
     for low in range(0, width, _COLUMNS):
         high = min(low + _COLUMNS, width)
@@ -54,9 +53,10 @@ def render_digest(digest: int) -> str:
 
 def _row_numbers(box: Box, shape: Shape) -> Words:
     """Which rows of the whole tensor those of the box are, in row-major order."""
-    numbers = np.zeros(1, dtype=np.uint64)
+    numbers: Words = np.zeros(1, dtype=np.uint64)
     for low, high, extent in zip(box.start[:-1], box.stop[:-1], shape[:-1], strict=True):
-        numbers = (numbers[:, None] * np.uint64(extent) + np.arange(low, high, dtype=np.uint64)).reshape(-1)
+        inner: Words = np.arange(low, high, dtype=np.uint64)
+        numbers = (numbers[:, None] * np.uint64(extent) + inner).reshape(-1)
     assert len(numbers) == prod(box.shape[:-1])
     return numbers
 
