@@ -11,10 +11,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from gptdist.checkpoint.logical import Box, cut_in_order
 
 _CHUNK_BYTES = 4 << 20
 _CHUNKS_AHEAD = 4  # written, but not yet hashed
-_MAPPED_BYTES = 32 << 20  # about how much of a mapped file counts as memory of this process
+_MAPPED_BYTES = 8 << 20  # about how much of a mapped file counts as memory of this process
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 _NAMES = {stored: name for name, stored in DTYPES.items()}
 _METADATA = "__metadata__"
@@ -129,15 +129,19 @@ class _Entry:
 
 
 class TensorFile:
-    """An open safetensors file. What it says about itself is believed only as far as its size allows."""
+    """An open safetensors file: what lies together is read, strided parts are copied out of a memory map.
+
+    What it says about itself is believed only as far as its size allows.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError or OSError where it is no safetensors file."""
         self._mapped_bytes = 0  # read through the map since it was last let go
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            self._entries, self._metadata = _read_header(self._map)
+            self._file = path.open("rb", buffering=0)
+            with _closing_on_error(self._file):
+                self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+                self._entries, self._metadata = _read_header(self._map)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a safetensors file: {error}") from None
 
@@ -168,24 +172,46 @@ class TensorFile:
             return
         kind = numpy_dtype(dtype)
         stored = np.frombuffer(self._map, kind, fragment.size, entry.start).reshape(fragment.shape)
-        for part in cut_in_order(wanted, max(1, _MAPPED_BYTES // kind.itemsize)):
-            out[part.slices(wanted.start)] = stored[part.slices(fragment.start)]
-            self._mapped_bytes += part.size * kind.itemsize
+        part = stored[wanted.slices(fragment.start)] if wanted.start else stored
+        if part.flags.c_contiguous and out.flags.c_contiguous:
+            offset = part.__array_interface__["data"][0] - stored.__array_interface__["data"][0]
+            self._read(out.reshape(-1).view(np.uint8).data, entry.start + offset)
+            return
+        for box in cut_in_order(Box.whole(wanted.shape), max(1, _MAPPED_BYTES // kind.itemsize)):
+            out[box.slices()] = part[box.slices()]
+            self._mapped_bytes += box.size * kind.itemsize
             if self._mapped_bytes >= _MAPPED_BYTES:
                 # What was mapped once would else count as this process's memory for good.
                 self._map.madvise(mmap.MADV_DONTNEED)
                 self._mapped_bytes = 0
 
+    def _read(self, out: memoryview, offset: int) -> None:
+        while out:
+            count = os.preadv(self._file.fileno(), [out], offset)
+            if not count:
+                raise ValueError("the file became shorter while it was read")
+            out, offset = out[count:], offset + count
+
     def close(self) -> None:
         """Let go of the memory map."""
         with suppress(BufferError):  # an error on its way up still holds an array over it
             self._map.close()
+        self._file.close()
 
     def __enter__(self) -> "TensorFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextmanager
+def _closing_on_error(file: IO[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.close()
+        raise
 
 
 def _read_header(content: mmap.mmap) -> tuple[dict[str, _Entry], dict[str, str]]:

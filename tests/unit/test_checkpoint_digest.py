@@ -155,7 +155,8 @@ def test_any_safetensors_reader_opens_the_file(tmp_path):
     fragments = [HostFragment(dtype, (3, 4), Box.whole((3, 4)), dtype, value) for dtype, value in values.items()]
     write_tensor_file(tmp_path / "x.safetensors", fragments)
     with safe_open(tmp_path / "x.safetensors", "np") as file:
-        assert {key: same_bits(file.get_tensor(key), values[key]) for key in file.keys()} == dict.fromkeys(values, True)
+        assert sorted(file.keys()) == sorted(values)
+        assert all(same_bits(file.get_tensor(key), value) for key, value in values.items())
         assert file.metadata()["format"] == "pt"
 
 
@@ -271,7 +272,7 @@ def test_memory_that_was_mapped_is_let_go(tmp_path):
 
     with TensorFile(tmp_path / "x") as file:
         before = resident()
-        out = np.empty((1, 32768), np.uint8)
-        for row in range(rows):
-            file.copy_into(out, "w", fragment.box, "uint8", Box((row, 0), (row + 1, 32768)))
-        assert resident() - before < 48 << 20 < value.nbytes
+        out = np.empty((10, 32000), np.uint8)
+        for row in range(0, rows, 10):
+            file.copy_into(out, "w", fragment.box, "uint8", Box((row, 0), (row + 10, 32000)))
+        assert resident() - before < 24 << 20 < value.nbytes
