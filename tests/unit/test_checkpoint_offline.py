@@ -125,6 +125,20 @@ def test_reshard_of_any_fragments_keeps_bytes(data, ranks):
         assert contents(Path(folder) / "new") == contents(source)
 
 
+def test_more_files_than_a_process_may_open(run, tmp_path, monkeypatch):
+    source = save(tmp_path, 1)
+    assert run("reshard", source, tmp_path / "many", "--ranks", 90)[0] == 0
+    monkeypatch.setattr("gptdist.checkpoint.read._OPEN_FILES", 5)
+    with Checkpoint.open(tmp_path / "many", verify=True) as checkpoint:
+        opened = len(os.listdir("/proc/self/fd"))
+        for name in checkpoint.names():
+            checkpoint.read(name)
+            assert len(os.listdir("/proc/self/fd")) <= opened + 5
+    assert run("verify", tmp_path / "many")[0] == 0
+    assert run("reshard", tmp_path / "many", tmp_path / "one", "--ranks", 1)[0] == 0
+    assert contents(tmp_path / "one") == contents(source)
+
+
 def test_reshard_of_a_folder_takes_the_newest_good(run, tmp_path):
     save(tmp_path / "checkpoints", 1)
     newest = save(tmp_path / "checkpoints", 2)
