@@ -195,6 +195,47 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert in_tree(tmp_path) == before
 
 
+class Killed(BaseException):
+    """As kill -9: nothing after it has any effect, cleaning up included."""
+
+
+def test_killed_at_any_system_call_it_is_whole_or_not_there(tmp_path, monkeypatch):
+    source = save(tmp_path, 1)
+    expected = contents(source)
+    left = 0
+
+    def dying(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    finished = []
+    for instant in range(200):
+        destination = tmp_path / str(instant) / "new"
+        with Checkpoint.open(source, verify=True) as checkpoint, monkeypatch.context() as patch:
+            checkpoint.read("weight/scale")  # the source is open by now
+            left = instant
+            for name in ("mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                reshard(checkpoint, destination, 2)
+                alive = True
+            except Killed:
+                alive = False
+        finished.append(destination.exists())
+        if destination.exists():
+            assert contents(destination) == expected
+        if alive:
+            break
+    assert alive and instant > 10
+    assert finished == sorted(finished) and finished.count(True) < 5 < finished.count(False)
+
+
 def test_a_resharded_checkpoint_is_found_by_a_run(tmp_path, run):
     source = save(tmp_path / "old", 5)
     assert run("reshard", source, tmp_path / "run" / "checkpoints" / "step-00000005", "--ranks", 2)[0] == 0
