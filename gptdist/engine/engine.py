@@ -27,6 +27,15 @@ from gptdist.world import World
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What a rank wants all ranks to do after a step; of a report, what any of them wanted."""
+
+    stop: bool = False
+    save: bool = False
+    settle_save: bool = False  # a save in the background failed, and not all may know yet
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One optimizer step, the same on every rank. `loss` is nats per token over the global batch."""
 
@@ -34,16 +43,7 @@ class StepReport:
     grad_norm: float  # before clipping
     skipped: bool  # a loss or gradient was not finite: weights and moments are as before
     loss_scale: float
-    wished: "Wishes"
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What a rank wants all ranks to do after a step; of a report, what any of them wanted."""
-
-    stop: bool = False
-    save: bool = False
-    settle_save: bool = False  # a save in the background failed, and not all may know yet
+    wished: Wishes
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,7 @@ class TrainEngine(InferenceEngine):
         loss_sum, *wished = mine.tolist()
         total = loss_sum / self.layout.data
         skipped = result.skipped or not math.isfinite(total)
-        return StepReport(
-            total, result.grad_norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished))
-        )
+        return StepReport(total, result.grad_norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)))
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""
