@@ -1,0 +1,80 @@
+"""How a run saves: its saver, built from the config, and what is checked of the disk before training.
+
+Knows the `checkpoint` section, folders and ranks. Must not know engines, or what is saved.
+"""
+
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.retention import Retention
+from gptdist.checkpoint.room import look_for_room
+from gptdist.checkpoint.saver import CheckpointSaver
+from gptdist.checkpoint.verified import mark_verified, verified_at
+from gptdist.checkpoint.write import SaveOptions
+from gptdist.config.sections import CheckpointConfig, RunConfig
+from gptdist.errors import StorageError
+from gptdist.model.parameters import parameter_count
+from gptdist.world import World
+from launch.rendezvous import open_channel
+
+LONGEST_SAVE_SECONDS = 3600.0
+"""A rank whose file takes longer than this, or than launch.timeout where that is more, is given up."""
+
+
+def checkpoints_dir(config: RunConfig) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
+
+
+def retention_of(config: CheckpointConfig) -> Retention:
+    return Retention(config.keep, config.keep_every, config.keep_best)
+
+
+def open_saver(config: RunConfig, world: World, resumed_from: Path | None) -> CheckpointSaver:
+    """The saver of this run, on every rank. Its thread begins with the first save."""
+    checkpoint = config.checkpoint
+
+    def protected() -> Collection[Path]:
+        # Where each save is read back, a newer one is verified whenever something is about to be deleted.
+        return () if checkpoint.read_back or resumed_from is None else (resumed_from,)
+
+    options = SaveOptions(
+        retention_of(checkpoint),
+        checkpoint.read_back,
+        Path(checkpoint.staging_dir) if checkpoint.staging_dir else None,
+        protected,
+    )
+    channel = open_channel(world, max(config.launch.timeout, LONGEST_SAVE_SECONDS))
+    background = checkpoint.background and saves_midway(config)
+    return CheckpointSaver(checkpoints_dir(config), channel, options, background=background)
+
+
+def saves_midway(config: RunConfig) -> bool:
+    """Whether the run saves while it still has steps to do: else a copy of the state would be of no use."""
+    interval = config.checkpoint.interval
+    by_steps = interval == "auto" or 0 < interval < config.train.steps
+    return by_steps or config.checkpoint.interval_minutes is not None
+
+
+def note_verified(checkpoint: Checkpoint) -> None:
+    """A run has read every byte of the checkpoint that it resumes from: then it is one to rely on."""
+    with suppress(OSError):  # it may be another user's
+        if verified_at(checkpoint.path, checkpoint.manifest) is None:
+            mark_verified(checkpoint.path, checkpoint.manifest)
+
+
+def check_room(config: RunConfig) -> str | None:
+    """What to warn of before the first save. Raises StorageError where not even one checkpoint fits."""
+    folder = checkpoints_dir(config)
+    try:
+        # Weights and two moments, 4 bytes each.
+        room = look_for_room(folder, 12 * parameter_count(config.model), retention_of(config.checkpoint))
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be read: {error.strerror or error}. Set checkpoint.dir to a folder that this user can "
+            "read and write."
+        ) from error
+    room.check("a checkpoint")
+    return room.warning
