@@ -50,7 +50,7 @@ def prune(
             continue
         manifest = _good_manifest(path)
         if manifest is None:
-            if not enough:
+            if not enough or every:
                 kept.add(path)
             continue
         if (not enough or every) and path not in superseded:
