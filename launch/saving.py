@@ -7,14 +7,14 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.manifest import load_manifest
 from gptdist.checkpoint.retention import Retention
 from gptdist.checkpoint.room import look_for_room
 from gptdist.checkpoint.saver import CheckpointSaver
 from gptdist.checkpoint.verified import mark_verified, verified_at
 from gptdist.checkpoint.write import SaveOptions
 from gptdist.config.sections import CheckpointConfig, RunConfig
-from gptdist.errors import StorageError
+from gptdist.errors import CheckpointError, StorageError
 from gptdist.model.parameters import parameter_count
 from gptdist.world import World
 from launch.rendezvous import open_channel
@@ -58,11 +58,12 @@ def saves_midway(config: RunConfig) -> bool:
     return by_steps or config.checkpoint.interval_minutes is not None
 
 
-def note_verified(checkpoint: Checkpoint) -> None:
-    """A run has read every byte of the checkpoint that it resumes from: then it is one to rely on."""
-    with suppress(OSError):  # it may be another user's
-        if verified_at(checkpoint.path, checkpoint.manifest) is None:
-            mark_verified(checkpoint.path, checkpoint.manifest)
+def note_verified(resumed_from: Path) -> None:
+    """A run has read every byte of the checkpoint that it resumed from: then it is one to rely on."""
+    with suppress(OSError, CheckpointError):  # it may be another user's
+        manifest = load_manifest(resumed_from)
+        if verified_at(resumed_from, manifest) is None:
+            mark_verified(resumed_from, manifest)
 
 
 def check_room(config: RunConfig) -> str | None:

@@ -151,6 +151,8 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
         if not done:
             _check_before_writing(config, layout, engine, comms, data, progress)
             _write_first(loaded, comms, data, fresh)
+            if resumed_from and comms.is_first:
+                note_verified(Path(resumed_from))
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, progress, resumed_from)), flush=True)
             for note in (*repeat_notes(config, data), memory_note(config.parallel)):
@@ -203,8 +205,6 @@ def _take_up(
         with comms.together():
             engine.read(TensorSource(checkpoint), checkpoint.state["engine"])
         engine.refresh()
-        if comms.is_first:
-            note_verified(checkpoint)
         return restored_progress(checkpoint.state), str(checkpoint.path)
 
 
