@@ -60,14 +60,7 @@ def build_parser() -> Parser:
     _add_data(parser, commands)
     _add_generate(parser, commands)
     _add_eval(parser, commands)
-    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list")
-    listing = _add(
-        checkpoints,
-        checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
-        "list",
-        "the checkpoints, one a line",
-    )
-    listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
+    _add_ckpt(parser, commands)
     _add(parser, commands, "doctor", "what this machine has, and what that means for training")
     return parser
 
@@ -81,6 +74,16 @@ def _add_train(parser: Parser, commands: Any) -> None:
     train.add_argument("--nproc", type=_positive, metavar="N", help="start N ranks on this machine (default: 1)")
     train.add_argument("--fresh", action="store_true", help="ignore checkpoints of an earlier run")
     train.add_argument("--print-config", action="store_true", help="show every setting and its origin, and stop")
+
+
+def _add_ckpt(parser: Parser, commands: Any) -> None:
+    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list, copy")
+    subcommands = checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
+    listing = _add(checkpoints, subcommands, "list", "the checkpoints, one a line")
+    listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
+    copying = _add(checkpoints, subcommands, "copy", "copy a checkpoint between folders and URLs, verified on the way")
+    copying.add_argument("source", metavar="SRC", help="a step-... folder, or its URL")
+    copying.add_argument("target", metavar="DST", help="the new step-... folder, or its URL")
 
 
 def _add_data(parser: Parser, commands: Any) -> None:

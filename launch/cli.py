@@ -30,6 +30,7 @@ HANDLERS = {
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
     "ckpt list": "launch.ckpt:main",
+    "ckpt copy": "launch.ckpt_copy:main",
     "doctor": "launch.doctor:main",
 }
 

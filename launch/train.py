@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint
 from gptdist.checkpoint.saver import CheckpointSaver
 from gptdist.checkpoint.write import set_aside_checkpoints
 from gptdist.comms import Comms
@@ -53,7 +53,15 @@ from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.saving import check_room, checkpoints_dir, note_verified, open_saver
+from launch.saving import (
+    check_room,
+    check_upload_is_new,
+    checkpoints_dir,
+    find_checkpoint,
+    note_verified,
+    open_saver,
+    open_uploader,
+)
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -162,7 +170,8 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
-        saver = open_saver(config, world, Path(resumed_from) if resumed_from else None)
+        uploader = open_uploader(config, world)
+        saver = open_saver(config, world, Path(resumed_from) if resumed_from else None, uploader)
         if saver.background:
             with comms.together():
                 saver.prepare(engine.fragments())
@@ -181,6 +190,8 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             where = checkpoints_dir(config)
             end = f"stopped: {stopped}; run the same command to go on" if stopped else "done"
             print(f"{end}. Step {progress.step} is saved in {where}", flush=True)
+        if uploader:
+            uploader.close()
         return EXIT_RESUMABLE if stopped else EXIT_DONE
     finally:
         engine.close()
@@ -190,8 +201,10 @@ def _take_up(
     config: RunConfig, engine: TrainEngine, comms: Comms, data: RunData, fresh: bool
 ) -> tuple[Progress, str | None]:
     """The newest good checkpoint's state in the engine, or initial weights. Returns where the run is, and from what."""
-    found = None if fresh else find_latest(checkpoints_dir(config), comms, trust_others=config.checkpoint.trust_others)
+    found = None if fresh else find_checkpoint(config, comms)
     if found is None:
+        if fresh:
+            check_upload_is_new(config, comms)
         engine.initialise()
         return Progress(), None
     if comms.is_first:

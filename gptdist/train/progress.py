@@ -17,10 +17,10 @@ from gptdist.comms import Comms
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import ModelConfig, RunConfig
 from gptdist.data.corpora import blend_phases
-from gptdist.data.fetch import without_secrets
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError, CorpusError
 from gptdist.model.parameters import logical_shapes
+from gptdist.remote import without_secrets
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
 
