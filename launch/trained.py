@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
@@ -65,18 +64,10 @@ def open_trained(path: Path) -> Iterator[Trained]:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `path` means. Raises CheckpointError, naming what was looked for."""
-    if (path / MANIFEST).is_file() and path.name.startswith("step-"):
-        return Checkpoint.open(path, verify=True)
-    for folder in (path / "checkpoints", path):
-        found = find_latest(folder)
-        if found is not None:
-            for reason in found.skipped:
-                print(f"warning: passed over a checkpoint: {reason}", flush=True)
-            return found.checkpoint
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
+    found = open_newest(path)
+    for reason in found.skipped:
+        print(f"warning: passed over a checkpoint: {reason}", flush=True)
+    return found.checkpoint
 
 
 def _config(checkpoint: Checkpoint) -> RunConfig:

@@ -4,6 +4,8 @@ Bitwise through the engine, with disks as slow as one likes; faults through the 
 """
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +23,7 @@ from gptdist.checkpoint.write import SaveOptions
 from gptdist.world import World
 from launch.rendezvous import open_channel
 from tests.dist.cases import CLASSIC, Case, batch_of, engine_of
-from tests.dist.commands import Commands, checkpoint_names, curve, last_step, metrics, open_last
+from tests.dist.commands import Commands, checkpoint_names, curve, last_step, metrics, open_last, tree
 from tests.dist.ranks import RankPool
 
 MANY = 100_000
@@ -201,3 +203,38 @@ def test_the_best_by_evaluation_stay(commands: Commands, tmp_path: Path) -> None
     best = min(losses, key=lambda step: losses[step])
     assert {int(name[5:]) for name in checkpoint_names(run_dir)} == {best, 12}, ended.out
     assert open_last(run_dir).state["evaluation_loss"] == losses[12]
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_its_url(commands: Commands, tmp_path: Path) -> None:
+    pytest.importorskip("moto", reason="moto is not installed")
+    from tests.dist.bucket import Bucket
+
+    bucket = Bucket()
+    try:
+        run_dir, settings = tmp_path / "run", {"checkpoint__upload": bucket.url("runs/one"), "train__steps": 8}
+        words = commands.train_words(run_dir, 2, **settings, train__stop_after=6)
+        commands.start(*words, **bucket.env).wait().expect(75)
+        before = curve(run_dir)
+        shutil.rmtree(run_dir)
+        words = commands.train_words(run_dir, 1, **settings)
+        ended = commands.start(*words, **bucket.env).wait().expect(0)
+        assert re.search(r"resumed from .*step-00000006 \(step 6,", ended.out)
+        assert open_last(run_dir).step == 8 and sorted(curve(run_dir)) == [7, 8] and sorted(before) == [1, 2, 3, 4, 5, 6]
+        copy = tmp_path / "copy" / "step-00000008"
+        words = ["ckpt", "copy", f"{bucket.url('runs/one')}/step-00000008", str(copy)]
+        assert "every byte verified" in commands.start(*words, **bucket.env).wait().expect(0).out
+        assert tree(copy).keys() == tree(run_dir / "checkpoints" / "step-00000008").keys()
+
+        shutil.rmtree(run_dir)
+        fresh = commands.start(*commands.train_words(run_dir, 1, **settings), "--fresh", **bucket.env).wait()
+        fresh.one_error("of an earlier run", "step-00000008", "Set it to another folder")
+    finally:
+        bucket.close()
+
+
+def test_a_url_that_cannot_be_written_stops_nothing(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run_dir = tmp_path / "run"
+    ended = commands.train(run_dir, 1, checkpoint__upload=f"file://{tmp_path}/file/x", train__steps=3).expect(0)
+    assert open_last(run_dir).step == 3
+    assert "step-00000003 was not uploaded to file://" in ended.err and "(1 in a row)" in ended.err
