@@ -232,9 +232,10 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_url(commands: Commands, tmp
         bucket.close()
 
 
-def test_a_url_that_cannot_be_written_stops_nothing(commands: Commands, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_an_upload_that_fails_stops_nothing(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "step-00000003").write_text("a file where a folder should be")
     run_dir = tmp_path / "run"
-    ended = commands.train(run_dir, 1, checkpoint__upload=f"file://{tmp_path}/file/x", train__steps=3).expect(0)
-    assert open_last(run_dir).step == 3
+    ended = commands.train(run_dir, 1, checkpoint__upload=f"file://{tmp_path}/there", train__steps=3).expect(0)
+    assert open_last(run_dir).step == 3 and "done. Step 3 is saved" in ended.out
     assert "step-00000003 was not uploaded to file://" in ended.err and "(1 in a row)" in ended.err
