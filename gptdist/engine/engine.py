@@ -133,6 +133,7 @@ class TrainEngine(InferenceEngine):
         super().__init__(model, train, layout, world, end_of_text)
         self.seed = train.seed
         self.zero = ZeroOptimizer(self.network, optimizer, parallel, train, world.local_rank)
+        self._fragments: list[Fragment] | None = None  # of tensors that stay where they are; a save must not be slow
 
     def train_step(
         self, micro_batches: Tensor, learning_rate: float, step: int, wishes: Wishes | None = None
@@ -163,9 +164,11 @@ class TrainEngine(InferenceEngine):
 
     def fragments(self) -> list[Fragment]:
         """Views of everything this rank writes to a checkpoint: fp32 weights and both Adam moments."""
-        shares = self.layout.data if self.zero.replicated else 1
-        share = self.groups.data_rank if self.zero.replicated else 0
-        return [Fragment(*fields) for fields in owned_fragments(self.zero.states, share, shares)]
+        if self._fragments is None:
+            shares = self.layout.data if self.zero.replicated else 1
+            share = self.groups.data_rank if self.zero.replicated else 0
+            self._fragments = [Fragment(*fields) for fields in owned_fragments(self.zero.states, share, shares)]
+        return self._fragments
 
     def state(self) -> dict[str, Any]:
         """What else a restart needs, JSON: optimizer steps taken and the loss scaler. Random state is keyed, not
@@ -185,6 +188,7 @@ class TrainEngine(InferenceEngine):
 
     def close(self) -> None:
         """Also undo DeepSpeed's hooks, through which every parameter would keep the engine and its groups alive."""
+        self._fragments = None
         self.zero.close()
         super().close()
 

@@ -222,6 +222,8 @@ def test_another_kind_of_folder_is_refused(tmp_path, capsys):
     rewrite_manifest(path, lambda manifest: manifest.update(format="gptdist-corpus"))
     all_refuse(path, capsys, "format is 'gptdist-corpus', not 'gptdist-checkpoint'. This is no checkpoint of gptdist.")
     (path / "manifest.json").write_text('{"format": "gptdist-corpus"}\n')
+    refused(path, "This is no checkpoint of gptdist")
+    (path / "manifest.json").write_text('{"format": "gptdist-checkpoint"}\n')
     refused(path, "its last line is not the sha256 of the rest")
 
 
