@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from gptdist.checkpoint.folder import free_bytes
-from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.check import check_run
@@ -38,17 +37,15 @@ from gptdist.train.loop import Actions, Sections, TrainLoop
 from gptdist.train.lost_shards import AgreeingLoader, lose_alike
 from gptdist.train.progress import (
     Progress,
-    check_same_data,
-    check_same_model,
     check_same_on_all_ranks,
     data_identity,
-    restored_progress,
     run_state,
 )
 from gptdist.train.sample import generate
 from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
 from launch.rendezvous import join, leave
+from launch.take_up import Start, checkpoints_dir, take_up
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -136,24 +133,21 @@ def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
         ) from error
 
 
-def checkpoints_dir(config: RunConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
-
-
 def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool) -> int:
     config = loaded.config
     end_of_text = data.tokenizer.end_of_text if config.data.mask_documents else None
     engine = TrainEngine(config.model, config.optimizer, config.parallel, config.train, layout, world, end_of_text)
     try:
-        progress, resumed_from = _take_up(config, engine, comms, data, fresh)
+        identity = data_identity(config, data.manifests)
+        start = take_up(config, layout, engine, comms, identity, fresh=fresh)
+        progress = start.progress
         done = progress.step >= config.train.steps
         if not done:
             _check_before_writing(config, layout, engine, comms, data, progress)
             _write_first(loaded, comms, data, fresh)
         if comms.is_first:
-            print(render_run_header(_header(config, layout, engine, data, progress, resumed_from)), flush=True)
-            for note in (*repeat_notes(config, data), memory_note(config.parallel)):
+            print(render_run_header(_header(config, layout, engine, data, start)), flush=True)
+            for note in (*start.notes, *repeat_notes(config, data), memory_note(config.parallel)):
                 if note:
                     print(f"note    {note}", flush=True)
         if done:
@@ -177,28 +171,6 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
         return EXIT_RESUMABLE if stopped else EXIT_DONE
     finally:
         engine.close()
-
-
-def _take_up(
-    config: RunConfig, engine: TrainEngine, comms: Comms, data: RunData, fresh: bool
-) -> tuple[Progress, str | None]:
-    """The newest good checkpoint's state in the engine, or initial weights. Returns where the run is, and from what."""
-    found = None if fresh else find_latest(checkpoints_dir(config), comms)
-    if found is None:
-        engine.initialise()
-        return Progress(), None
-    if comms.is_first:
-        for reason in found.skipped:
-            print(f"warning: passed over a checkpoint: {reason}", flush=True)
-    with found.checkpoint as checkpoint:
-        check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        current = data_identity(config, data.manifests)
-        consumed = restored_progress(checkpoint.state).samples
-        check_same_data(checkpoint.state["data"], current, consumed, str(checkpoint.path))
-        with comms.together():
-            engine.read(checkpoint, checkpoint.state["engine"])
-        engine.refresh()
-        return restored_progress(checkpoint.state), str(checkpoint.path)
 
 
 def _check_before_writing(
@@ -251,12 +223,6 @@ def _write_first(loaded: LoadedRun, comms: Comms, data: RunData, fresh: bool) ->
             write_run_folder(Path(config.launch.run_dir), loaded, data)
     if moved and comms.is_first:
         print(f"--fresh: earlier checkpoints are now in {moved}", flush=True)
-
-
-def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Logical name -> shape of a checkpoint's weights."""
-    names = checkpoint.names("weight/")
-    return {name.removeprefix("weight/"): checkpoint.shape(name) for name in names}
 
 
 def _build_loader(config: RunConfig, layout: Layout, engine: TrainEngine, data: RunData) -> BatchLoader:
@@ -336,8 +302,7 @@ def _header(
     layout: Layout,
     engine: TrainEngine,
     data: RunData,
-    progress: Progress,
-    resumed_from: str | None,
+    start: Start,
 ) -> RunHeader:
     device = torch.cuda.get_device_name() if engine.network.device.type == "cuda" else "cpu"
     return RunHeader(
@@ -350,9 +315,10 @@ def _header(
         steps=config.train.steps,
         total_samples=total_samples(config.train, config.schedule),
         run_dir=config.launch.run_dir,
-        resumed_from=resumed_from,
-        start_step=progress.step,
-        start_sample=progress.samples,
+        resumed_from=start.resumed_from,
+        begun_with=start.begun_with,
+        start_step=start.progress.step,
+        start_sample=start.progress.samples,
         corpora=corpus_uses(config, data),
     )
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
@@ -21,10 +20,11 @@ from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
 from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
-from gptdist.train.progress import check_same_model
+from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.train import TOKENIZER_FILE, weight_shapes
+from launch.take_up import open_checkpoint, weight_shapes
+from launch.train import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,6 @@ def open_trained(path: Path) -> Iterator[Trained]:
                 engine.close()
         finally:
             leave()
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that `path` means. Raises CheckpointError, naming what was looked for."""
-    if (path / MANIFEST).is_file() and path.name.startswith("step-"):
-        return Checkpoint.open(path, verify=True)
-    for folder in (path / "checkpoints", path):
-        found = find_latest(folder)
-        if found is not None:
-            for reason in found.skipped:
-                print(f"warning: passed over a checkpoint: {reason}", flush=True)
-            return found.checkpoint
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
 
 
 def _config(checkpoint: Checkpoint) -> RunConfig:

@@ -5,6 +5,7 @@ Pure: knows values and where they were written, no file and no process. What one
 """
 
 import math
+import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -328,6 +329,22 @@ def rule_stop_after(config: RunConfig, world_size: int) -> Iterator[Broken]:
         yield Broken(text, ("train.stop_after", "train.steps"))
 
 
+def rule_start_from(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """A run resumes its own checkpoints by itself; weights to begin with are another's."""
+    start, run_dir, own = config.checkpoint.start_from, config.launch.run_dir, config.checkpoint.dir
+    if start is None:
+        return
+    keys = {"launch.run_dir": run_dir, "checkpoint.dir": own or posixpath.join(run_dir, "checkpoints")}
+    for key, folder in keys.items():
+        if posixpath.normpath(start) == posixpath.normpath(folder):
+            text = (
+                f"checkpoint.start_from ({start}) is where this run keeps its own checkpoints, which it resumes by "
+                "itself. Leave start_from out to go on with them, or begin a run elsewhere: set launch.run_dir."
+            )
+            yield Broken(text, ("checkpoint.start_from", key))
+            return
+
+
 RULES: tuple[Rule, ...] = (
     rule_corpus_or_blend,
     rule_blend,
@@ -346,6 +363,7 @@ RULES: tuple[Rule, ...] = (
     rule_schedule_order,
     rule_learning_rates,
     rule_stop_after,
+    rule_start_from,
 )
 
 

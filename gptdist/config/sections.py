@@ -168,6 +168,14 @@ class CheckpointConfig(Section):
     dir: str | None = Field(None, description="Folder of checkpoints; null: launch.run_dir/checkpoints.")
     interval: NonNegativeInt = Field(500, description="Steps between saves; 0: only at the end.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
+    start_from: str | None = Field(
+        None,
+        description="A run, a folder of checkpoints or one of them, relative to the current folder, whose weights a "
+        "new run begins with; step, optimizer and data begin anew.",
+    )
+    allow_precision_change: bool = Field(
+        False, description="Resume under another train.precision than the checkpoint was saved with."
+    )
 
 
 class MonitorConfig(Section):
