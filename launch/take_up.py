@@ -13,6 +13,7 @@ from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.engine.engine import TrainEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
 from gptdist.train.compatible import check_can_begin, check_resumable, check_same_model, resume_notes
@@ -93,7 +94,7 @@ def _resume(
     progress = restored_progress(state)
     check_same_data(state["data"], dict(identity), progress.samples, where)
     with comms.together():
-        engine.read(checkpoint, state["engine"])
+        engine.read(TensorSource(checkpoint), state["engine"])
     engine.refresh()
     notes = resume_notes(state, config, layout.describe())
     return Start(progress, resumed_from=where, notes=tuple(notes))
@@ -106,7 +107,7 @@ def _begin_with(
     check_can_begin(checkpoint.state, config.model, identity["tokenizer"], where)
     check_same_model(weight_shapes(checkpoint), config.model, where, "or leave out checkpoint.start_from")
     with comms.together():
-        engine.read_weights(checkpoint)
+        engine.read_weights(TensorSource(checkpoint))
     engine.refresh()
     return Start(Progress(), begun_with=where)
 

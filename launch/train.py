@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from gptdist.checkpoint.folder import free_bytes
+from gptdist.checkpoint.snapshot import to_host
 from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.check import check_run
@@ -259,7 +260,7 @@ def _build_loop(
     def save(progress: Progress) -> Path:
         state = run_state(progress, config, layout.describe(), data.manifests, engine.state())
         return save_checkpoint(
-            checkpoints_dir(config), progress.step, engine.fragments(), state, comms, config.checkpoint.keep
+            checkpoints_dir(config), progress.step, to_host(engine.fragments()), state, comms, config.checkpoint.keep
         )
 
     names = short_names(tuple(data.train))

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gptdist.checkpoint.logical import Box, overlap_or_gap
 from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.snapshot import to_host
 from gptdist.checkpoint.write import save_checkpoint
 from gptdist.comms import Comms
 from gptdist.config.sections import ModelConfig
 from gptdist.engine.engine import StepReport, TrainEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.world import World
 from tests.dist.cases import MODELS, Case, engine_of, train_steps
 
@@ -108,7 +111,7 @@ def load_and_go_on(world: World, case: Case, paths: list[Path], after: int, agai
         with engine_of(case, world) as engine:
             with Checkpoint.open(path, verify=False) as checkpoint:
                 step = checkpoint.step
-                engine.read(checkpoint, checkpoint.state["engine"])
+                engine.read(TensorSource(checkpoint), checkpoint.state["engine"])
             engine.refresh()
             held, state = everything_held(engine), engine.state()
             if again is not None:
@@ -119,7 +122,8 @@ def load_and_go_on(world: World, case: Case, paths: list[Path], after: int, agai
 
 def save(engine: TrainEngine, folder: Path, step: int, world: World) -> Path:
     """A checkpoint of the engine alone."""
-    return save_checkpoint(folder, step, engine.fragments(), {"engine": engine.state()}, Comms(world, _everyone()), None)
+    comms = Comms(world, dist.group.WORLD)
+    return save_checkpoint(folder, step, to_host(engine.fragments()), {"engine": engine.state()}, comms)
 
 
 def everything_held(engine: TrainEngine) -> list[Held]:
@@ -167,9 +171,3 @@ def _in_order(by_rank: list[list[Held]]) -> Iterator[Held]:
     parts = [part for parts in by_rank for part in parts]
     yield from (part for part in parts if part[4])
     yield from (part for part in parts if not part[4])
-
-
-def _everyone() -> Any:
-    import torch.distributed as dist
-
-    return dist.group.WORLD

@@ -219,7 +219,7 @@ def difference(source: Source, by_rank: list[Seen]) -> float:
 def digests(path: Path) -> dict[str, tuple[Any, ...]]:
     """The layout-invariant digest of each logical tensor, which the manifest holds."""
     manifest = load_manifest(path)
-    return {name: (entry.shape, entry.dtype) for name, entry in manifest.tensors.items()}
+    return {name: (entry.shape, entry.dtype, entry.digest) for name, entry in manifest.tensors.items()}
 
 
 def test_the_comparison_sees_a_single_bit(sources: Sources) -> None:
