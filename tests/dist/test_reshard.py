@@ -1,12 +1,13 @@
 """Any layout loads what any other saved: every byte of every tensor, every counter, and the same ten steps after it.
 
-By default each of the layouts saves once and loads once for each model; with GPTDIST_FULL=1 every one loads every
-other's, eight ranks included. Losses go on within 2e-5 of the source's own; under the source's layout they are the same
+By default each of the layouts saves once and loads once for each model; with GPTDIST_FULL=1 each loads what every one
+saved, and some exchange checkpoints with eight ranks. Losses go on within 2e-5 of the source's own; under the source's layout they are the same
 to the last bit.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from tests.dist.cases import Case, is_full
 from tests.dist.ranks import RankPool
 from tests.dist.reshard import (
     ALL_PLACES,
-    FIRST_SCALE,
+    EIGHT_RANKS,
     PLACES,
     STEPS_AFTER,
     STEPS_BEFORE,
+    WITH_EIGHT_RANKS,
     Seen,
     assembled,
     case_at,
@@ -33,8 +35,9 @@ from tests.dist.reshard import (
 )
 
 BOUND = 2e-5
-# 16 bits round differently in sums of another order; seen: bf16 5e-4, fp16 6e-5.
-BOUND_16 = {"bf16": 5e-3, "fp16": 1e-3}
+# 16 bits round differently in sums of another order; seen: bf16 1.4e-4, fp16 3.2e-6.
+BOUND_16 = {"bf16": 1e-3, "fp16": 1e-4}
+BOUND_CHANGED = 5e-3  # another precision from here on
 MODEL_NAMES = ("classic", "modern")
 PLACE_NAMES = tuple(ALL_PLACES if is_full() else PLACES)
 SKEWS = {"classic": 5, "modern": 7}  # which layout saves for which, where not all do: coprime to their number
@@ -71,7 +74,7 @@ class Sources:
         """What each rank of the target saw, for each source in turn."""
         paths = [source.path for source in sources]
         by_rank = self.pool.run(
-            load_and_go_on, case.world_size, case, paths, STEPS_AFTER, again, timeout_seconds=1200.0
+            load_and_go_on, case.world_size, case, paths, STEPS_AFTER, again, timeout_seconds=200.0 * len(paths)
         )
         return [list(seen) for seen in zip(*by_rank, strict=True)]
 
@@ -83,13 +86,15 @@ def sources(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def source_names(target: str, model: str) -> list[str]:
     """Whose checkpoints `target` loads: everyone's, or one other's, each layout's in turn."""
+    if target in EIGHT_RANKS:
+        return [*WITH_EIGHT_RANKS, *EIGHT_RANKS]
     if is_full():
-        return list(PLACE_NAMES)
+        return [*PLACES, *(EIGHT_RANKS if target in WITH_EIGHT_RANKS else ())]
     number = PLACE_NAMES.index(target)
     return [PLACE_NAMES[(number + SKEWS[model]) % len(PLACE_NAMES)]]
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(7200 if is_full() else 300)
 @pytest.mark.parametrize("target", PLACE_NAMES)
 @pytest.mark.parametrize("model_name", MODEL_NAMES)
 def test_every_layout_loads_every_other(sources: Sources, model_name: str, target: str, tmp_path: Path) -> None:
@@ -117,58 +122,61 @@ def test_every_layout_loads_every_other(sources: Sources, model_name: str, targe
 PAIRS_16 = (
     ("DP3 ZeRO 3", "PP2"),
     ("TP2+SP x PP2 ZeRO 2", "DP3 ZeRO 1"),
-    ("1 rank", "DP4 ZeRO 2"),
-    ("DP2 x PP2x2 ZeRO 1 offload", "DP4 ZeRO 3 offload"),
-    ("DP2 ZeRO 2 offload", "TP4+SP"),
+    ("DP2 ZeRO 2 offload", "DP2 x TP2+SP ZeRO 2"),
 )
 
 
 @pytest.mark.parametrize(("origin", "target"), PAIRS_16)
 @pytest.mark.parametrize("precision", ("bf16", "fp16"))
 def test_masters_moments_and_loss_scale_in_16_bits(sources: Sources, precision: str, origin: str, target: str) -> None:
-    model = small("modern")
-    fields: dict[str, Any] = {"precision": precision, "loss_scale": 2**40, "loss_scale_window": 4}
+    """The fp16 loss scale doubles when its counters say so, which went on where they were."""
+    model, fields = small("modern"), {"precision": precision, "loss_scale": 2**6, "loss_scale_window": 4}
     source = sources.of(case_at(ALL_PLACES[origin], model, **fields), before=6)
     (by_rank,) = sources.load(case_at(ALL_PLACES[target], model, **fields), [source])
     check_same_state(source, by_rank)
-    state = by_rank[0].state
     if precision == "fp16":
-        skipped = 6 - state["optimizer_steps"]
-        assert skipped > 0 and state["loss_scaler"]["cur_scale"] < 2**40, "the scale was too large, and has moved"
-        assert state["loss_scaler"]["cur_iter"] == 6
-        # The scale follows from its counters, which went on where they were.
         scales = [report.loss_scale for report in by_rank[0].reports]
         assert scales == [report.loss_scale for report in source.seen.reports]
+        assert len(set(scales)) > 2 and scales[0] > 2**6, "it doubled before and after"
+    assert not any(report.skipped for report in by_rank[0].reports)
     assert difference(source, by_rank) <= BOUND_16[precision]
     print(f"{precision}: {origin} -> {target}: loss within {difference(source, by_rank):.1e}")
+
+
+@pytest.mark.parametrize(
+    ("origin", "target"), (("DP2 ZeRO 2 offload", "DP3 ZeRO 3"), ("PP2", "DP2 x PP2x2 ZeRO 1 offload"))
+)
+def test_a_loss_scale_that_is_still_searching(sources: Sources, origin: str, target: str) -> None:
+    """Skipped steps are no optimizer steps: both counts are what they were, and so is the scale."""
+    before, model = 10, small("classic")
+    fields = {"precision": "fp16", "loss_scale": 2**22, "loss_scale_window": 1000}
+    source = sources.of(case_at(ALL_PLACES[origin], model, **fields), before)
+    (by_rank,) = sources.load(case_at(ALL_PLACES[target], model, **fields), [source])
+    check_same_state(source, by_rank)
+    state = by_rank[0].state
+    assert 0 < state["optimizer_steps"] < before, "some steps were skipped"
+    assert state["loss_scaler"]["cur_iter"] == before
+    assert state["loss_scaler"]["cur_scale"] == 2.0 ** (22 - before + state["optimizer_steps"])
+    found, expected = by_rank[0].reports[0], source.seen.reports[0]
+    assert found.loss == pytest.approx(expected.loss, rel=BOUND_16["fp16"])
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-@pytest.mark.parametrize("now", PRECISIONS)
-@pytest.mark.parametrize("then", PRECISIONS)
+@pytest.mark.parametrize(("then", "now"), list(permutations(PRECISIONS, 2)))
 def test_another_precision_takes_up_masters_and_moments_exactly(sources: Sources, then: str, now: str) -> None:
-    if then == now:
-        pytest.skip("that is no change")
+    """The loss scale of fp16 begins at train.loss_scale: what another precision was saved with has none."""
     model, origin, target = small("classic"), ALL_PLACES["DP2 ZeRO 2 offload"], ALL_PLACES["PP2"]
-    fields = {"loss_scale": FIRST_SCALE, "loss_scale_window": 100}
-    source = sources.of(case_at(origin, model, precision=then, **fields))
-    (by_rank,) = sources.load(case_at(target, model, precision=now, **{**fields, "loss_scale": 2**10}), [source])
+    source = sources.of(case_at(origin, model, precision=then, loss_scale=2**10))
+    (by_rank,) = sources.load(case_at(target, model, precision=now, loss_scale=2**8), [source])
     check_same_tensors(source, by_rank)
     for seen in by_rank:
-        assert seen.state["optimizer_steps"] == source.seen.state["optimizer_steps"]
-        if now == "fp16":
-            assert seen.state["loss_scaler"] == {
-                "cur_scale": 2**10,
-                "cur_iter": 0,
-                "last_overflow_iter": -1,
-                "cur_hysteresis": 1,
-            }
-        else:
-            assert seen.state["loss_scaler"] == {}
+        assert seen.state["optimizer_steps"] == source.seen.state["optimizer_steps"] == STEPS_BEFORE
+        scaler = seen.state["loss_scaler"]
+        assert (scaler["cur_scale"], scaler["cur_iter"]) == (2**8, 0) if now == "fp16" else scaler == {}
     assert not any(report.skipped for report in by_rank[0].reports)
-    assert difference(source, by_rank) <= BOUND_16["bf16"]
+    assert 0 < difference(source, by_rank) <= BOUND_CHANGED
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------
