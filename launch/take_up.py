@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint, find_latest, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.partition import TensorSource
-from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
 from gptdist.train.compatible import check_can_begin, check_resumable, check_same_model, resume_notes
 from gptdist.train.progress import Progress, check_same_data, restored_progress
-from gptdist.world import World
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,9 @@ def take_up(
         with found.checkpoint as checkpoint:
             return _resume(checkpoint, config, layout, engine, comms, identity)
     if config.checkpoint.start_from is not None:
-        with open_checkpoint(Path(config.checkpoint.start_from), comms) as checkpoint:
+        found = open_newest(Path(config.checkpoint.start_from), comms)
+        _say_skipped(found.skipped, comms)
+        with found.checkpoint as checkpoint:
             return _begin_with(checkpoint, config, engine, comms, identity)
     engine.initialise()
     return Start(Progress())
@@ -53,25 +52,6 @@ def take_up(
 def checkpoints_dir(config: RunConfig) -> Path:
     """Where the run's checkpoints are."""
     return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
-
-
-def open_checkpoint(path: Path, comms: Comms | None = None) -> Checkpoint:
-    """The checkpoint that `path` means: itself, or the newest good one of a run or a folder of them.
-
-    Raises CheckpointError, the same on all ranks, naming what was looked for.
-    """
-    comms = comms or Comms(World())
-    if comms.broadcast((path / MANIFEST).is_file() and path.name.startswith("step-")):
-        return Checkpoint.open(path, verify=True, comms=comms)
-    for folder in (path / "checkpoints", path):
-        found = find_latest(folder, comms)
-        if found is not None:
-            _say_skipped(found.skipped, comms)
-            return found.checkpoint
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
 
 
 def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
@@ -24,7 +24,7 @@ from gptdist.layout import Layout
 from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.take_up import open_checkpoint, weight_shapes
+from launch.take_up import weight_shapes
 from launch.train import TOKENIZER_FILE
 
 
@@ -61,6 +61,14 @@ def open_trained(path: Path) -> Iterator[Trained]:
                 engine.close()
         finally:
             leave()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that `path` means. Raises CheckpointError, naming what was looked for."""
+    found = open_newest(path)
+    for reason in found.skipped:
+        print(f"warning: passed over a checkpoint: {reason}", flush=True)
+    return found.checkpoint
 
 
 def _config(checkpoint: Checkpoint) -> RunConfig:

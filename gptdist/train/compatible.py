@@ -7,6 +7,7 @@ what forbids counting samples on, is in `progress.py`.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gptdist.checkpoint.average import AVERAGED_FROM
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import ModelConfig, RunConfig
 from gptdist.engine.zero_config import OPTIMIZER
@@ -33,9 +34,14 @@ _NOT_NOTED = (
 def check_resumable(names: Collection[str], state: Mapping[str, Any], config: RunConfig, where: str) -> None:
     """Raises CheckpointError unless a run can go on from the checkpoint `where` of tensors `names` under `config`."""
     if not any(name.startswith("exp_avg/") for name in names):
+        what = (
+            f"the mean of {len(state[AVERAGED_FROM])} checkpoints' weights"
+            if AVERAGED_FROM in state
+            else "weights alone"
+        )
         raise CheckpointError(
-            f"{where} holds weights alone, as an import or an average does: no optimizer state and no place in the "
-            f"data to go on from. Begin a run with them: checkpoint.start_from: {where}, and another launch.run_dir."
+            f"{where} cannot be resumed: it is {what}, without optimizer state to go on from. Begin a new run with it: "
+            f"checkpoint.start_from: {where}, and another launch.run_dir."
         )
     missing = [key for key in _GO_ON_KEYS if key not in state]
     if missing:
@@ -83,11 +89,14 @@ def check_same_network(saved: Mapping[str, Any], model: ModelConfig, where: str,
 
     Shapes alone would let many pass: another number of heads, another activation, another norm's epsilon.
     """
-    now = _effective(resolved_model(model))
-    then = _effective(saved)
-    unknown = sorted(set(then) - set(now))
+    written = resolved_model(model)
+    then, now = _effective(saved), _effective(written)
+    unknown = sorted(set(then) - set(written))
     differ = [
-        f"model.{key} is {then[key]!r} there, {now[key]!r} here" for key in now if key in then and then[key] != now[key]
+        f"model.{key} is {then[key]!r} there, {now[key]!r} here"
+        for key in now
+        # Of two that follow another field, that field is named, not they.
+        if key in then and then[key] != now[key] and saved[key] != written[key]
     ]
     differ += [f"model.{key} ({then[key]!r}) is nothing this version knows" for key in unknown]
     if differ:
