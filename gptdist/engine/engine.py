@@ -18,7 +18,7 @@ from gptdist.checkpoint.snapshot import Fragment
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import Network, build_groups, destroy_groups
-from gptdist.engine.partition import StateSource, owned_fragments, read_state
+from gptdist.engine.partition import StateSource, owned_fragments, read_into, read_state
 from gptdist.engine.zero import ZeroOptimizer
 from gptdist.engine.zero_config import OPTIMIZER
 from gptdist.layout import Layout
@@ -66,7 +66,7 @@ class InferenceEngine:
         for local in self.network.parameters:
             flat = torch.zeros(local.parameter.numel())
             for fragment in fragments_of_range(tuple(local.parameter.shape), local.pieces, 0, flat.numel()):
-                flat[fragment.start : fragment.stop] = source.read(f"weight/{fragment.name}", fragment.box).reshape(-1)
+                read_into(flat[fragment.start : fragment.stop], source, f"weight/{fragment.name}", fragment.box)
             local.parameter.copy_(flat.view(local.parameter.shape))
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
