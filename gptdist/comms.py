@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # with one rank nothing of torch is needed, and tools of one 
 class Comms:
     """The control channel of one run. Every method but `is_first` must be called by all ranks, in the same order."""
 
+    is_broken = False
+    """Set once a message has failed: another rank is gone or too late, and nothing that follows can be believed."""
+
     def __init__(self, world: World, group: "dist.ProcessGroup | None" = None) -> None:
         """`group`: a gloo group of all ranks; None with one rank."""
         if world.world_size > 1 and group is None:
@@ -34,6 +37,10 @@ class Comms:
         """Every rank's `value` (anything JSON holds), indexed by global rank, on every rank."""
         if self.world.world_size == 1:
             return [value]
+        with self._noting_breaks():
+            return self._gather(value)
+
+    def _gather(self, value: Any) -> list[Any]:
         import torch
         import torch.distributed as dist
 
@@ -56,7 +63,16 @@ class Comms:
         if self.world.world_size > 1:
             import torch.distributed as dist
 
-            dist.barrier(group=self._group)
+            with self._noting_breaks():
+                dist.barrier(group=self._group)
+
+    @contextmanager
+    def _noting_breaks(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.is_broken = True
+            raise
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set."""

@@ -191,7 +191,7 @@ def _add_eval(parser: Parser, commands: Any) -> None:
 
 
 def _add_ckpt(parser: Parser, commands: Any) -> None:
-    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list, verify, diff, reshard, average")
+    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list, verify, diff, reshard, average, copy")
     subcommands = checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
     listing = _add(checkpoints, subcommands, "list", "the checkpoints, one a line")
     listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
@@ -208,7 +208,12 @@ def _add_ckpt(parser: Parser, commands: Any) -> None:
     average = _add(checkpoints, subcommands, "average", "the mean of the weights of checkpoints of one model")
     average.add_argument("sources", nargs="+", type=Path, metavar="CHECKPOINT")
     average.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new one; must not exist yet")
-    for command in (listing, verify, diff, reshard, average):
+    copying = _add(checkpoints, subcommands, "copy", "copy a checkpoint between folders and URLs, verified on the way")
+    copying.add_argument("source", metavar="SRC", help="checkpoint, a folder whose newest is meant, or a URL")
+    copying.add_argument(
+        "destination", metavar="DST", help="the new checkpoint, or its URL; a folder must not exist yet"
+    )
+    for command in (listing, verify, diff, reshard, average, copying):
         command.add_argument("--trust-others", action="store_true", help="also take what other users own or may write")
 
 

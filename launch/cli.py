@@ -34,6 +34,7 @@ HANDLERS = {
     "ckpt diff": "launch.ckpt_rewrite:diff",
     "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
     "ckpt average": "launch.ckpt_rewrite:average_some",
+    "ckpt copy": "launch.ckpt_copy:main",
     "doctor": "launch.doctor:main",
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptdist.checkpoint.read import Checkpoint, find_latest, open_newest
+from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.engine.engine import TrainEngine
@@ -16,6 +16,7 @@ from gptdist.engine.partition import TensorSource
 from gptdist.layout import Layout
 from gptdist.train.compatible import check_can_begin, check_resumable, check_same_model, resume_notes
 from gptdist.train.progress import Progress, check_same_data, restored_progress
+from launch.saving import check_upload_is_new, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,20 @@ def take_up(
 
     Raises CheckpointError where there are checkpoints and none is good, or where the config forbids going on.
     """
-    found = None if fresh else find_latest(checkpoints_dir(config), comms)
+    found = None if fresh else find_checkpoint(config, comms)
     if found is not None:
         _say_skipped(found.skipped, comms)
         with found.checkpoint as checkpoint:
             return _resume(checkpoint, config, layout, engine, comms, identity)
+    if fresh:
+        check_upload_is_new(config, comms)
     if config.checkpoint.start_from is not None:
-        found = open_newest(Path(config.checkpoint.start_from), comms)
+        found = open_newest(Path(config.checkpoint.start_from), comms, trust_others=config.checkpoint.trust_others)
         _say_skipped(found.skipped, comms)
         with found.checkpoint as checkpoint:
             return _begin_with(checkpoint, config, engine, comms, identity)
     engine.initialise()
     return Start(Progress())
-
-
-def checkpoints_dir(config: RunConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
 
 
 def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

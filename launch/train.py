@@ -3,15 +3,16 @@
 This is where the parts meet; each part is handed its own section and knows nothing of the others.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gptdist.checkpoint.folder import free_bytes
-from gptdist.checkpoint.snapshot import to_host
-from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
+from gptdist.checkpoint.saver import CheckpointSaver
+from gptdist.checkpoint.write import set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun, render_config
@@ -43,10 +44,18 @@ from gptdist.train.progress import (
     run_state,
 )
 from gptdist.train.sample import generate
+from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.take_up import Start, checkpoints_dir, take_up
+from launch.saving import (
+    check_room,
+    checkpoints_dir,
+    note_verified,
+    open_saver,
+    open_uploader,
+)
+from launch.take_up import Start, take_up
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -146,6 +155,8 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
         if not done:
             _check_before_writing(config, layout, engine, comms, data, progress)
             _write_first(loaded, comms, data, fresh)
+            if start.resumed_from and comms.is_first:
+                note_verified(Path(start.resumed_from))
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, start)), flush=True)
             for note in (*start.notes, *repeat_notes(config, data), memory_note(config.parallel)):
@@ -155,20 +166,29 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
+        uploader = open_uploader(config, world)
+        resumed_from = Path(start.resumed_from) if start.resumed_from else None
+        saver = open_saver(config, world, resumed_from, uploader)
+        if saver.background:
+            with comms.together():
+                saver.prepare(engine.fragments())
         plain = _build_loader(config, layout, engine, data)
         allowed = config.data.max_unreadable_shards
         loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
         try:
             with _sinks(config, comms, progress) as sinks:
-                loop = _build_loop(config, layout, engine, comms, data, loader, progress, sinks)
+                loop = _build_loop(config, world, layout, engine, comms, data, loader, saver, progress, sinks)
                 stopped = loop.run()
         finally:
+            saver.close(config.launch.timeout)  # after an error: a save that is being written is worth finishing
             data.stop_fetching()  # the reading thread may be waiting for a shard
             loader.close()
         if comms.is_first:
             where = checkpoints_dir(config)
             end = f"stopped: {stopped}; run the same command to go on" if stopped else "done"
             print(f"{end}. Step {progress.step} is saved in {where}", flush=True)
+        if uploader:
+            uploader.close()
         return EXIT_RESUMABLE if stopped else EXIT_DONE
     finally:
         engine.close()
@@ -186,7 +206,9 @@ def _check_before_writing(
         finally:
             loader.close()
         if comms.is_first:
-            _check_room(config)
+            warning = check_room(config)
+            if warning:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
     _read_held_out(config, engine, comms, data)
 
 
@@ -202,17 +224,6 @@ def _read_held_out(config: RunConfig, engine: TrainEngine, comms: Comms, data: R
                 pass
 
     lose_alike(comms, read, readers, config.data.max_unreadable_shards)
-
-
-def _check_room(config: RunConfig) -> None:
-    """Raise StorageError where not even one checkpoint fits: weights and two moments, 4 bytes each."""
-    folder = checkpoints_dir(config)
-    needed, free = 12 * parameter_count(config.model), free_bytes(folder)
-    if free < needed:
-        raise StorageError(
-            f"{folder} has room for {free:,} bytes, one checkpoint of this model needs {needed:,}. Free some space, or "
-            "set checkpoint.dir to a larger disk."
-        )
 
 
 def _write_first(loaded: LoadedRun, comms: Comms, data: RunData, fresh: bool) -> None:
@@ -249,19 +260,18 @@ def _sinks(config: RunConfig, comms: Comms, progress: Progress) -> Sinks:
 
 def _build_loop(
     config: RunConfig,
+    world: World,
     layout: Layout,
     engine: TrainEngine,
     comms: Comms,
     data: RunData,
     loader: BatchLoader | AgreeingLoader,
+    saver: CheckpointSaver,
     progress: Progress,
     sinks: Sinks,
 ) -> TrainLoop:
-    def save(progress: Progress) -> Path:
-        state = run_state(progress, config, layout.describe(), data.manifests, engine.state())
-        return save_checkpoint(
-            checkpoints_dir(config), progress.step, to_host(engine.fragments()), state, comms, config.checkpoint.keep
-        )
+    def state(progress: Progress, evaluation_loss: float | None) -> dict[str, Any]:
+        return run_state(progress, config, layout.describe(), data.manifests, engine.state(), evaluation_loss)
 
     names = short_names(tuple(data.train))
 
@@ -290,7 +300,9 @@ def _build_loop(
         engine,
         loader,
         Sections(config.train, config.optimizer, config.schedule, config.checkpoint, config.monitor),
-        Actions(save, evaluate if data.validation else None, sample if config.monitor.sample_interval else None),
+        Actions(state, evaluate if data.validation else None, sample if config.monitor.sample_interval else None),
+        saver,
+        SaveClock(config.checkpoint, world.world_size // world.local_world_size),
         progress,
         sinks,
         Throughput(flops_per_token(config.model), layout.world_size, peak),

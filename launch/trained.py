@@ -15,12 +15,12 @@ from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
-from gptdist.data.fetch import is_url, without_secrets
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
 from gptdist.engine.partition import TensorSource
 from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
+from gptdist.remote import is_url, without_secrets
 from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave

@@ -1,4 +1,4 @@
-"""What checkpoints a folder has, in a few lines for people, and which of them may go.
+"""What checkpoints a folder has, in a few lines for people.
 
 Knows folders and manifests, and four names in run state (samples, tokens, loss, layout). Must not know torch, ranks.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.checkpoint.folder import doom, file_problem, parse_step, step_folders, trust_problem
+from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, trust_problem
 from gptdist.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from gptdist.checkpoint.verified import verified_at
 from gptdist.errors import CheckpointError
@@ -70,21 +70,6 @@ def check_files(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
         problem = file_problem(folder / name, entry.bytes, entry.sha256 if hashed else None)
         if problem:
             raise CheckpointError(problem)
-
-
-def prune(checkpoints_dir: Path, just_saved: Path, keep: int | None) -> None:
-    """Delete older checkpoints of `just_saved`'s step, and all that are older than the newest `keep` good ones.
-
-    `just_saved` always stays. Bad ones newer than those kept stay too: they are evidence. Raises OSError.
-    """
-    good = 0
-    for path in step_folders(checkpoints_dir):
-        if path.name == just_saved.name:
-            good += 1
-        elif _step(path) == _step(just_saved) or (keep is not None and good >= keep):
-            doom(path)
-        elif keep is not None and summarize(path, verify=False).ok:
-            good += 1
 
 
 def _step(path: Path) -> int:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from gptdist.checkpoint.retention import EVALUATION_LOSS
 from gptdist.comms import Comms
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import blend_phases
-from gptdist.data.fetch import without_secrets
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError, CorpusError
+from gptdist.remote import without_secrets
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
 
@@ -35,12 +36,18 @@ class Progress:
 
 
 def run_state(
-    progress: Progress, config: RunConfig, layout: str, manifests: Mapping[str, Manifest], engine: dict[str, Any]
+    progress: Progress,
+    config: RunConfig,
+    layout: str,
+    manifests: Mapping[str, Manifest],
+    engine: dict[str, Any],
+    evaluation_loss: float | None = None,
 ) -> dict[str, Any]:
     """The JSON that stands in a checkpoint's manifest. Random state is a key (train.seed, step), so the seed is all of
-    it."""
+    it. `evaluation_loss`: of the evaluation at this very step, if there was one."""
     return {
         **dataclasses.asdict(progress),
+        EVALUATION_LOSS: evaluation_loss,
         "tokens": progress.samples * config.model.sequence_length,
         "layout": layout,
         "engine": engine,

@@ -1,5 +1,7 @@
-"""What may change when a run goes on, what needs a word, and runs that begin with another's weights. Through the
-command."""
+"""What may change when a run goes on, and what needs a word; runs that begin with another's weights.
+
+Through the command.
+"""
 
 import shutil
 from pathlib import Path

@@ -14,8 +14,9 @@ from gptdist.checkpoint import tensor_file
 from gptdist.checkpoint.listing import list_checkpoints
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.retention import Retention
 from gptdist.checkpoint.snapshot import Fragment, to_host
-from gptdist.checkpoint.write import save_checkpoint
+from gptdist.checkpoint.write import SaveOptions, save_checkpoint
 from gptdist.comms import Comms
 from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.world import World
@@ -32,7 +33,7 @@ def save(folder, step, keep=None):
         Fragment("weight/b", (3,), Box.whole((3,)), torch.full((3,), step, dtype=torch.bfloat16)),
     ]
     state = {"samples": 8 * step, "loss": 1.5, "layout": "DP 1"}
-    return save_checkpoint(folder, step, to_host(parts), state, ONE_RANK, keep)
+    return save_checkpoint(folder, step, to_host(parts), state, ONE_RANK, SaveOptions(Retention(keep)))
 
 
 def rewrite_manifest(path, change):

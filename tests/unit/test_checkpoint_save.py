@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import tempfile
-import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,56 +18,21 @@ from gptdist.checkpoint.folder import step_folders
 from gptdist.checkpoint.listing import list_checkpoints
 from gptdist.checkpoint.logical import Box, Piece, fragments_of_range
 from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.retention import Retention
 from gptdist.checkpoint.snapshot import Fragment, as_tensor, dtype_name, to_host
 from gptdist.checkpoint.write import set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.errors import CheckpointError, GptdistError, StorageError
 from gptdist.world import World
+from tests.unit.thread_ranks import on_ranks
 
 ONE_RANK = Comms(World())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float64]
 
 
-class ThreadComms(Comms):
-    """Ranks as threads of one process: what Comms gathers over gloo is passed through a list, as JSON."""
-
-    def __init__(self, world, meeting, slots):
-        self.world = world
-        self._meeting = meeting
-        self._slots = slots
-
-    def gather(self, value):
-        self._slots[self.world.global_rank] = json.dumps(value)
-        self._meeting.wait()
-        values = [json.loads(slot) for slot in self._slots]
-        self._meeting.wait()
-        return values
-
-    def barrier(self):
-        self._meeting.wait()
-
-
-def on_ranks(world_size, work):
-    """work(comms) on every rank; each one's result, or the exception it raised."""
-    meeting, slots, results = threading.Barrier(world_size, timeout=20), [None] * world_size, [None] * world_size
-
-    def run(global_rank):
-        comms = ThreadComms(World(global_rank=global_rank, world_size=world_size), meeting, slots)
-        try:
-            results[global_rank] = work(comms)
-        except Exception as error:
-            results[global_rank] = error
-
-    threads = [threading.Thread(target=run, args=(global_rank,)) for global_rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 def save_checkpoint(folder, step, fragments, state, comms, keep=None):
-    return write.save_checkpoint(folder, step, to_host(fragments), state, comms, keep)
+    options = write.SaveOptions(Retention(keep))
+    return write.save_checkpoint(folder, step, to_host(fragments), state, comms, options)
 
 
 def read(checkpoint, name, box=None):
