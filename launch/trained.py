@@ -21,10 +21,11 @@ from gptdist.engine.partition import TensorSource
 from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
 from gptdist.remote import is_url, without_secrets
-from gptdist.train.progress import check_same_model
+from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.train import TOKENIZER_FILE, weight_shapes
+from launch.take_up import weight_shapes
+from launch.train import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Knows manifests, memory-mapped files and how to share out the hashing. Must not 
 asked for by its logical place, whoever wrote it.
 """
 
+import os
 from bisect import bisect_left, bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate
@@ -181,14 +183,18 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or parse_step(path.name) is not None
 
 
-def open_newest(path: Path, *, verify: bool = True, trust_others: bool = False) -> FoundCheckpoint:
-    """What `path` means to a command of one process: a checkpoint, or the newest good one of a folder of them, or of a
-    run's folder. Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint.
+def open_newest(
+    path: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
+) -> FoundCheckpoint:
+    """What a user means by `path`: a checkpoint, or the newest good one of a folder of them, or of a run's folder.
+
+    Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint; the same on all ranks.
     """
-    if is_checkpoint(path):
-        return FoundCheckpoint(Checkpoint.open(path, verify=verify, trust_others=trust_others), [])
+    comms = comms or Comms(World())
+    if comms.broadcast(is_checkpoint(path)):
+        return FoundCheckpoint(Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others), [])
     for folder in (path / "checkpoints", path):
-        found = find_latest(folder, verify=verify, trust_others=trust_others)
+        found = find_latest(folder, comms, verify=verify, trust_others=trust_others)
         if found is not None:
             return found
     raise CheckpointError(
@@ -257,12 +263,20 @@ def _first_bad_file(
     order = sorted(manifest.files.items())
     # Dealt round by size, so that each rank hashes about as many bytes.
     by_size = sorted(range(len(order)), key=lambda place: order[place][1].bytes)
-    for place in sorted(by_size[world.global_rank :: world.world_size]):
+    mine = sorted(by_size[world.global_rank :: world.world_size])
+
+    def check(place: int) -> str | None:
         name, entry = order[place]
         problem = None if trust_others else trust_problem(path / name)
-        problem = problem or file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
-        if problem:
-            return place, problem
+        return problem or file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
+
+    # Hashing leaves Python alone, so files go side by side; the node's cores are shared by its ranks.
+    cores = len(os.sched_getaffinity(0)) // world.local_world_size
+    with ThreadPoolExecutor(max(1, min(cores, len(mine)))) as threads:
+        for place, problem in zip(mine, threads.map(check, mine), strict=True):
+            if problem:
+                threads.shutdown(wait=False, cancel_futures=True)
+                return place, problem
     return None
 
 

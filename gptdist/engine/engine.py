@@ -18,8 +18,9 @@ from gptdist.checkpoint.snapshot import Fragment
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import Network, build_groups, destroy_groups
-from gptdist.engine.partition import StateSource, owned_fragments, read_state
+from gptdist.engine.partition import StateSource, owned_fragments, read_into, read_state
 from gptdist.engine.zero import ZeroOptimizer
+from gptdist.engine.zero_config import OPTIMIZER
 from gptdist.layout import Layout
 from gptdist.model.initial import initial_weight
 from gptdist.model.parameters import logical_shapes
@@ -74,7 +75,7 @@ class InferenceEngine:
         for local in self.network.parameters:
             flat = torch.zeros(local.parameter.numel())
             for fragment in fragments_of_range(tuple(local.parameter.shape), local.pieces, 0, flat.numel()):
-                flat[fragment.start : fragment.stop] = source.read(f"weight/{fragment.name}", fragment.box).reshape(-1)
+                read_into(flat[fragment.start : fragment.stop], source, f"weight/{fragment.name}", fragment.box)
             local.parameter.copy_(flat.view(local.parameter.shape))
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
@@ -117,8 +118,8 @@ class InferenceEngine:
 
 
 class TrainEngine(InferenceEngine):
-    """A network and its optimizer under one layout. Call `initialise`, or `read` and `refresh`, before the first
-    step."""
+    """A network and its optimizer under one layout. Call `initialise`, or `read` or `read_weights` and
+    then `refresh`, before the first step."""
 
     def __init__(
         self,
@@ -159,8 +160,14 @@ class TrainEngine(InferenceEngine):
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""
-        read_state(self.zero.states, _InitialWeights(self.model, self.seed), kinds=("weight",))
+        self.read_weights(_InitialWeights(self.model, self.seed))
         self.refresh()
+
+    def read_weights(self, source: StateSource) -> None:
+        """Weights of any layout; for the rest, the state of step 0. As `read`, no collective: `refresh` follows."""
+        read_state(self.zero.states, source, kinds=("weight",))
+        for flat in self.zero.states:
+            flat.step.zero_()
 
     def fragments(self) -> list[Fragment]:
         """Views of everything this rank writes to a checkpoint: fp32 weights and both Adam moments."""
@@ -173,7 +180,11 @@ class TrainEngine(InferenceEngine):
     def state(self) -> dict[str, Any]:
         """What else a restart needs, JSON: optimizer steps taken and the loss scaler. Random state is keyed, not
         kept."""
-        return {"optimizer_steps": int(self.zero.states[0].step.item()), "loss_scaler": self.zero.scaler_state()}
+        return {
+            "optimizer": OPTIMIZER,
+            "optimizer_steps": int(self.zero.states[0].step.item()),
+            "loss_scaler": self.zero.scaler_state(),
+        }
 
     def read(self, source: StateSource, state: dict[str, Any]) -> None:
         """Take up `fragments` and `state` of any layout. No collective, so that ranks can agree on what went wrong."""

@@ -167,7 +167,7 @@ def render_run(values: Mapping[str, Any]) -> str:
 
 
 def _plain(value: object) -> str:
-    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+    return json.dumps(value) if isinstance(value, (bool, list, type(None))) else str(value)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from gptdist.checkpoint.manifest import TensorEntry
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.checkpoint.rewrite import balanced_shares, reshard
 from gptdist.checkpoint.write import save_checkpoint
+from gptdist.config.sections import RunConfig
 from gptdist.errors import CheckpointError, StorageError
-from gptdist.train.progress import check_resumable
+from gptdist.train.compatible import check_resumable
 from launch import cli
 from tests.unit.checkpoints import FILE, ONE_RANK, flip_a_bit, rewrite_manifest, save, some_state, whole
 
@@ -444,8 +445,8 @@ def test_average_is_the_mean_of_weights_alone(run, tmp_path):
         state = checkpoint.state
         assert checkpoint.step == 3 and state["loss"] is None and "engine" not in state
         assert [origin["step"] for origin in state["averaged_from"]] == [3, 1, 2]
-        with pytest.raises(CheckpointError, match=r"mean of the weights of 3 checkpoints.*checkpoint\.start_from"):
-            check_resumable(state, "x")
+        with pytest.raises(CheckpointError, match=r"mean of 3 checkpoints' weights.*checkpoint\.start_from"):
+            check_resumable(checkpoint.names(), state, RunConfig(), "x")
     assert run("verify", tmp_path / "mean")[0] == 0
 
 

@@ -17,7 +17,7 @@ from gptdist.comms import Comms
 from gptdist.config.sections import ModelConfig
 from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.model.parameters import logical_shapes
-from gptdist.train.progress import check_same_model
+from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch import cli
 from tests.unit.checkpoints import FILE, flip_a_bit, rewrite_manifest, save
