@@ -29,6 +29,8 @@ HANDLERS = {
     "data order": "launch.data_order:main",
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
+    "export": "launch.export:main",
+    "import": "launch.import_model:main",
     "ckpt list": "launch.ckpt:main",
     "doctor": "launch.doctor:main",
 }

@@ -19,6 +19,7 @@ from gptdist.data.corpora import corpus_names
 from gptdist.data.fetch import is_url, without_secrets
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
 from gptdist.train.progress import check_same_model
@@ -54,7 +55,7 @@ def open_trained(path: Path) -> Iterator[Trained]:
             end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
             engine = InferenceEngine(config.model, train, Layout(), World(), end_of_text)
             try:
-                engine.load_weights(checkpoint)
+                engine.load_weights(TensorSource(checkpoint))
                 yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
             finally:
                 engine.close()
