@@ -31,7 +31,11 @@ HANDLERS = {
     "eval": "launch.evaluate:main",
     "export": "launch.export:main",
     "import": "launch.import_model:main",
-    "ckpt list": "launch.ckpt:main",
+    "ckpt list": "launch.ckpt:list_all",
+    "ckpt verify": "launch.ckpt:verify",
+    "ckpt diff": "launch.ckpt_rewrite:diff",
+    "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
+    "ckpt average": "launch.ckpt_rewrite:average_some",
     "doctor": "launch.doctor:main",
 }
 

@@ -6,27 +6,23 @@ left. Loads no torch: the proof runs in processes of its own.
 
 import argparse
 import json
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gptdist.checkpoint.folder import commit, free_bytes
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.config.sections import RunConfig
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
-from gptdist.errors import EXIT_DONE, CheckpointError, ExchangeError, NoGoodCheckpoint, StorageError
+from gptdist.errors import EXIT_DONE, CheckpointError, NoGoodCheckpoint
 from gptdist.exchange.architecture import exported_dialect, hf_config
 from gptdist.exchange.conformance import CARD
 from gptdist.exchange.hf_tokenizer import tokenizer_files
 from gptdist.exchange.numbers import TORCH_NAMES
 from gptdist.exchange.read_hf import CONFIG
 from gptdist.exchange.write_hf import WrittenWeights, bytes_of, write_weights
+from launch.new_folder import check_free, check_room, new_folder
 from launch.proof import check_can_prove, choose_probes, prove
 from launch.stored import checkpoint_paths, stored_config, stored_tokenizer
 
@@ -38,12 +34,12 @@ def main(args: argparse.Namespace) -> int:
     """Export, falling back to older checkpoints where the newest are damaged."""
     if args.proof:
         check_can_prove()
-    _check_free(args.out)
+    check_free(args.out)
     skipped: list[str] = []
     paths = checkpoint_paths(args.path)
     for path in paths:
         try:
-            with Checkpoint.open(path, verify=False) as checkpoint:
+            with Checkpoint.open(path, verify=False, trust_others=args.trust_others) as checkpoint:
                 _export(checkpoint, args)
             return EXIT_DONE
         except CheckpointError as error:
@@ -60,9 +56,9 @@ def _export(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     tokenizer = stored_tokenizer(args.path, checkpoint, config)
     dtype = TORCH_NAMES[args.dtype]
     architecture = hf_config(config.model, dtype, tokenizer.end_of_text)["architectures"][0]
-    _check_room(args.out, bytes_of(config.model, dtype))
+    check_room(args.out, bytes_of(config.model, dtype) + _ROOM_FOR_THE_REST)
     print(f"exporting {checkpoint.path} as {architecture}, {dtype}", flush=True)
-    with _new_folder(args.out) as folder:
+    with new_folder(args.out) as folder:
         weights = write_weights(folder, checkpoint, config.model, dtype, args.max_shard_size)
         notes = _write_settings(folder, config, dtype, tokenizer)
         card = build_card(checkpoint, config, tokenizer, dtype, weights)
@@ -119,38 +115,3 @@ def build_card(
         "tensors": weights.tensors,
         "files": weights.files,
     }
-
-
-def _check_free(out: Path) -> None:
-    """Raises ExchangeError unless `out` can become a new folder."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise ExchangeError(
-            f"{out} exists and is not an empty folder; an export never replaces one. Name another --out."
-        )
-
-
-def _check_room(out: Path, weight_bytes: int) -> None:
-    needed, free = weight_bytes + _ROOM_FOR_THE_REST, free_bytes(out.absolute().parent)
-    if free < needed:
-        raise StorageError(
-            f"{out} needs {needed:,} bytes, and {free:,} are free on its disk. Free some space, or name another --out."
-        )
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A neighbour of `out` that gets its name when all has gone well, and is removed otherwise."""
-    temporary = out.absolute().with_name(f".tmp-{out.absolute().name}-{secrets.token_hex(4)}")
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        if out.is_dir():
-            out.rmdir()  # empty, or this fails
-        commit(temporary, out.absolute())
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {out}: {error.strerror or error}. Name another --out, on a disk with room."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gptdist.checkpoint.folder import step_folders
-from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.read import Checkpoint, is_checkpoint
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
 from gptdist.data.fetch import is_url, without_secrets
@@ -26,7 +25,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
     Raises CheckpointError where there are none, naming what was looked for.
     """
-    if (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         return [path]
     for folder in (path / "checkpoints", path):
         found = step_folders(folder) if folder.is_dir() else []

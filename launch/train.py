@@ -40,6 +40,7 @@ from gptdist.train.loop import Actions, Sections, TrainLoop
 from gptdist.train.lost_shards import AgreeingLoader, lose_alike
 from gptdist.train.progress import (
     Progress,
+    check_resumable,
     check_same_data,
     check_same_model,
     check_same_on_all_ranks,
@@ -193,6 +194,7 @@ def _take_up(
         for reason in found.skipped:
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
     with found.checkpoint as checkpoint:
+        check_resumable(checkpoint.state, str(checkpoint.path))
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
         current = data_identity(config, data.manifests)
         consumed = restored_progress(checkpoint.state).samples

@@ -77,3 +77,20 @@ def check_fragments(fragments: Sequence[HostFragment]) -> None:
         if fragment.key in keys:
             raise ValueError(f"fragment {fragment.key} is given twice")
         keys.add(fragment.key)
+
+
+def as_float64(data: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers, in double precision; exact but for integers beyond 2^53."""
+    if dtype == "bfloat16":
+        data = (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data.astype(np.float64)
+
+
+def from_float64(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The nearest elements of a floating-point dtype (ties to even; bfloat16 by way of float32)."""
+    if dtype != "bfloat16":
+        return values.astype(numpy_dtype(dtype))
+    single = values.astype(np.float32)
+    bits = single.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)

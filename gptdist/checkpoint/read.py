@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 
-from gptdist.checkpoint.folder import file_problem, step_folders, trust_problem
+from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, trust_problem
 from gptdist.checkpoint.fragment import DTYPES, numpy_dtype
-from gptdist.checkpoint.listing import check_step_name
+from gptdist.checkpoint.listing import check_step_name, check_trust
 from gptdist.checkpoint.logical import Box, Shape, render_box
 from gptdist.checkpoint.manifest import MANIFEST, FragmentEntry, Manifest, TensorEntry, load_manifest
 from gptdist.checkpoint.tensor_file import TensorFile
@@ -25,7 +26,7 @@ from gptdist.world import World
 
 
 class Checkpoint:
-    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`."""
+    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`. Threads may share it."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Use `Checkpoint.open`."""
@@ -33,6 +34,7 @@ class Checkpoint:
         self.manifest = manifest
         self._indexes: dict[str, _Index] = {}
         self._files: dict[str, TensorFile] = {}
+        self._opening = Lock()
 
     @classmethod
     def open(cls, path: Path, *, verify: bool, comms: Comms | None = None, trust_others: bool = False) -> "Checkpoint":
@@ -46,7 +48,7 @@ class Checkpoint:
         problem = None
         try:
             if not trust_others:
-                _check_trust(path)
+                check_trust(path)
             manifest = load_manifest(path)
             check_step_name(path, manifest)
             _check_dtypes(path, manifest)
@@ -144,17 +146,20 @@ class Checkpoint:
     def _copy(self, out: np.ndarray, fragment: FragmentEntry, dtype: str, wanted: Box) -> None:
         path = self.path / fragment.file
         try:
-            file = self._files.get(fragment.file)
-            if file is None:
-                # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
-                entry = self.manifest.files[fragment.file]
-                problem = file_problem(path, entry.bytes, None)
-                if problem:
-                    raise CheckpointError(problem)
-                file = self._files[fragment.file] = TensorFile(path)
-            file.copy_into(out, fragment.key, fragment.box, dtype, wanted)
+            self._file(fragment.file).copy_into(out, fragment.key, fragment.box, dtype, wanted)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+    def _file(self, name: str) -> TensorFile:
+        with self._opening:
+            file = self._files.get(name)
+            if file is None:
+                # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
+                problem = file_problem(self.path / name, self.manifest.files[name].bytes, None)
+                if problem:
+                    raise CheckpointError(problem)
+                file = self._files[name] = TensorFile(self.path / name)
+            return file
 
 
 @dataclass(frozen=True)
@@ -165,10 +170,32 @@ class FoundCheckpoint:
     skipped: list[str]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is meant as one checkpoint, not as a folder of them."""
+    return (path / MANIFEST).is_file() or parse_step(path.name) is not None
+
+
+def open_newest(path: Path, *, verify: bool = True, trust_others: bool = False) -> FoundCheckpoint:
+    """What `path` means to a command of one process: a checkpoint, or the newest good one of a folder of them, or of a
+    run's folder. Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint.
+    """
+    if is_checkpoint(path):
+        return FoundCheckpoint(Checkpoint.open(path, verify=verify, trust_others=trust_others), [])
+    for folder in (path / "checkpoints", path):
+        found = find_latest(folder, verify=verify, trust_others=trust_others)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
+        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
+    )
+
+
 def find_latest(
-    checkpoints_dir: Path, comms: Comms | None = None, *, trust_others: bool = False
+    checkpoints_dir: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
 ) -> FoundCheckpoint | None:
     """The newest checkpoint whose every byte verifies, the same on all ranks; None only where there is none at all.
+    With `verify` off, sizes are enough.
 
     Raises NoGoodCheckpoint, with the reason for each, where there are some but none is good.
     """
@@ -181,7 +208,7 @@ def find_latest(
     for name in comms.broadcast(candidates):
         try:
             path = checkpoints_dir / name
-            found = Checkpoint.open(path, verify=True, comms=comms, trust_others=trust_others)
+            found = Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others)
             return FoundCheckpoint(found, skipped)
         except CheckpointError as error:
             skipped.append(f"{name}: {error}")
@@ -209,12 +236,6 @@ class _Index:
             return self._fragments
         first = bisect_right(self._highest_stop_so_far, box.start[0])
         return self._fragments[first : bisect_left(self._starts, box.stop[0])]
-
-
-def _check_trust(path: Path) -> None:
-    problem = trust_problem(path) or trust_problem(path / MANIFEST)
-    if problem:
-        raise CheckpointError(problem)
 
 
 def _check_dtypes(path: Path, manifest: Manifest) -> None:

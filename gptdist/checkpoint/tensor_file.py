@@ -136,17 +136,13 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError or OSError where it is no safetensors file."""
-        self._file = path.open("rb", buffering=0)
-        self._map: mmap.mmap | None = None
         self._mapped_bytes = 0  # read through the map since it was last let go
         try:
-            self._entries, self._metadata = _read_header(self._file.fileno())
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            self._entries, self._metadata = _read_header(self._map)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            self.close()
             raise ValueError(f"not a safetensors file: {error}") from None
-        except BaseException:
-            self.close()
-            raise
 
     def fragment_places(self) -> list[FragmentPlace]:
         """Which fragments its tensors are. Raises ValueError for a file of another writer."""
@@ -173,8 +169,6 @@ class TensorFile:
             )
         if not out.size:
             return
-        if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
         kind = numpy_dtype(dtype)
         stored = np.frombuffer(self._map, kind, fragment.size, entry.start).reshape(fragment.shape)
         for part in cut_in_order(wanted, max(1, _MAPPED_BYTES // kind.itemsize)):
@@ -187,10 +181,8 @@ class TensorFile:
 
     def close(self) -> None:
         """Let go of the memory map."""
-        if self._map is not None:
-            with suppress(BufferError):  # an error on its way up still holds an array over it
-                self._map.close()
-        self._file.close()
+        with suppress(BufferError):  # an error on its way up still holds an array over it
+            self._map.close()
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -199,13 +191,13 @@ class TensorFile:
         self.close()
 
 
-def _read_header(descriptor: int) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _read_header(content: mmap.mmap) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Raises ValueError and what wrong JSON leads to."""
-    size = os.fstat(descriptor).st_size
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    size = len(content)
+    length = int.from_bytes(content[:8], "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-        raise ValueError("its header is longer than the file")
-    table = json.loads(os.pread(descriptor, length, 8))
+        raise ValueError("its header is longer than the file, or than any header may be")
+    table = json.loads(content[8 : 8 + length])
     metadata = table.pop(_METADATA, {})
     entries = {}
     for key, value in table.items():

@@ -65,7 +65,13 @@ def bytes_tokenizer_json() -> bytes:
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False}
     model |= {"byte_fallback": False, "vocab": {spelt[byte]: byte for byte in range(256)}, "merges": []}
-    fields = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None}
+    fields: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end],
+        "normalizer": None,
+    }
     fields |= {"pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model}
     return _render(fields)
 
