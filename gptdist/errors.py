@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class ExchangeError(UserError):
+    """A model that another system's format cannot hold, or a folder in such a format that is not understood."""
+
+
 class NoGoodCheckpoint(GptdistError):
     """There are checkpoints, but not one of them is good; the message lists them."""
 
@@ -50,6 +54,10 @@ class LaunchError(UserError):
 
 class StorageError(UserError):
     """A disk is full or a folder cannot be written."""
+
+
+class NotConformant(GptdistError):
+    """What was exported does not compute what our model computes."""
 
 
 class RankFailed(GptdistError):

@@ -60,6 +60,8 @@ def build_parser() -> Parser:
     _add_data(parser, commands)
     _add_generate(parser, commands)
     _add_eval(parser, commands)
+    _add_export(parser, commands)
+    _add_import(parser, commands)
     _add_ckpt(parser, commands)
     _add(parser, commands, "doctor", "what this machine has, and what that means for training")
     return parser
@@ -188,6 +190,39 @@ def _add_eval(parser: Parser, commands: Any) -> None:
         "--corpus", type=_corpus, metavar="CORPUS", help="folder or URL (default: the one it was trained on)"
     )
     evaluate.add_argument("--samples", type=_positive, metavar="N", help="held-out windows (default: all)")
+
+
+def _add_export(parser: Parser, commands: Any) -> None:
+    export = _add(
+        parser, commands, "export", "a checkpoint as a folder that other tools load, proven to compute the same"
+    )
+    export.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder; must not exist, or be empty"
+    )
+    export.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face's (default)")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default: fp32)"
+    )
+    export.add_argument(
+        "--max-shard-size", type=_bytes, default=5_000_000_000, metavar="SIZE", help="of one file (default: 5GB)"
+    )
+    export.add_argument("--trust-others", action="store_true", help="also take what other users own or may write")
+    export.add_argument(
+        "--no-proof", dest="proof", action="store_false", help="do not run probe tokens through both models"
+    )
+
+
+def _add_import(parser: Parser, commands: Any) -> None:
+    importing = _add(parser, commands, "import", "a Hugging Face model's folder as a run's first checkpoint")
+    importing.add_argument("path", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
+    importing.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="must not exist, or be empty")
+    importing.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.json or `bytes`, where the folder has none, or not the right one"
+    )
+    importing.add_argument(
+        "--sequence-length", type=_positive, metavar="N", help="a shorter context than the model's (default: all of it)"
+    )
 
 
 def _add_ckpt(parser: Parser, commands: Any) -> None:

@@ -29,6 +29,8 @@ HANDLERS = {
     "data order": "launch.data_order:main",
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
+    "export": "launch.export:main",
+    "import": "launch.import_model:main",
     "ckpt list": "launch.ckpt:list_all",
     "ckpt verify": "launch.ckpt:verify",
     "ckpt diff": "launch.ckpt_rewrite:diff",

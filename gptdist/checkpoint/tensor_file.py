@@ -59,10 +59,13 @@ def write_tensor_file(path: Path, fragments: Sequence[HostFragment], on_phase: O
 
 
 def write_tensor_stream(
-    path: Path, places: Sequence[FragmentPlace], read: ReadPart, on_phase: OnPhase = no_phase
+    path: Path, places: Sequence[FragmentPlace], read: ReadPart, on_phase: OnPhase = no_phase, *, plain: bool = False
 ) -> Written:
-    """As `write_tensor_file`, of elements that `read` brings a few megabytes at a time and must not change after."""
-    header, ordered = file_header(places)
+    """As `write_tensor_file`, of elements that `read` brings a few megabytes at a time and must not change after.
+
+    `plain`: a file for others, which says nothing of fragments.
+    """
+    header, ordered = file_header(places, plain=plain)
     content = _Digester()
     size = 0
     on_phase("file")
@@ -86,7 +89,7 @@ def write_all(descriptor: int, content: memoryview) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def file_header(places: Iterable[FragmentPlace]) -> tuple[bytes, list[FragmentPlace]]:
+def file_header(places: Iterable[FragmentPlace], *, plain: bool = False) -> tuple[bytes, list[FragmentPlace]]:
     """The header of the file of these fragments, and the order their bytes follow it in.
 
     Wide elements go first, so that every tensor is aligned to its element size in the memory map.
@@ -104,7 +107,7 @@ def file_header(places: Iterable[FragmentPlace]) -> tuple[bytes, list[FragmentPl
         }
         origins[place.key] = [place.name, place.shape, place.box.start]
         offset = after
-    table[_METADATA] = {"format": "pt", "fragments": json.dumps(origins)}
+    table[_METADATA] = {"format": "pt"} | ({} if plain else {"fragments": json.dumps(origins)})
     text = json.dumps(table).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text, ordered
