@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class GenerationError(UserError):
+    """Text cannot be generated as asked: a prompt longer than the context, settings that exclude each other."""
+
+
 class LaunchError(UserError):
     """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
 
