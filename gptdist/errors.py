@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class NoGoodCheckpoint(GptdistError):
+    """There are checkpoints, but not one of them is good; the message lists them."""
+
+
 class GenerationError(UserError):
     """Text cannot be generated as asked: a prompt longer than the context, settings that exclude each other."""
 

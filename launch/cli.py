@@ -30,7 +30,11 @@ HANDLERS = {
     "generate": "launch.generate:main",
     "serve": "launch.serve:main",
     "eval": "launch.evaluate:main",
-    "ckpt list": "launch.ckpt:main",
+    "ckpt list": "launch.ckpt:list_all",
+    "ckpt verify": "launch.ckpt:verify",
+    "ckpt diff": "launch.ckpt_rewrite:diff",
+    "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
+    "ckpt average": "launch.ckpt_rewrite:average_some",
     "doctor": "launch.doctor:main",
 }
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.check import rule_tensor_divides
 from gptdist.config.sections import LaunchConfig, ParallelConfig, RunConfig
@@ -24,7 +24,7 @@ from gptdist.data.corpora import corpus_names
 from gptdist.data.fetch import is_url, without_secrets
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
-from gptdist.engine.partition import StateSource
+from gptdist.engine.partition import StateSource, TensorSource
 from gptdist.errors import CheckpointError, LayoutError
 from gptdist.layout import Layout
 from gptdist.train.progress import check_same_model
@@ -83,7 +83,7 @@ def _open_our_own(path: Path, comms: Comms, on_gpu: bool) -> Iterator[Trained]:
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
         tokenizer = _tokenizer(path, checkpoint, config)
         end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
-        with _engine(config, checkpoint, comms.world, on_gpu, end_of_text) as engine:
+        with _engine(config, TensorSource(checkpoint), comms.world, on_gpu, end_of_text) as engine:
             yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
 
 
@@ -128,19 +128,14 @@ class _AsTensors:
 
 
 def open_checkpoint(path: Path, comms: Comms | None = None) -> Checkpoint:
-    """The checkpoint that `path` means, on all ranks of `comms` (default: this process alone). Raises CheckpointError, naming what was looked for."""
-    if (path / MANIFEST).is_file() and path.name.startswith("step-"):
-        return Checkpoint.open(path, verify=True, comms=comms)
-    for folder in (path / "checkpoints", path):
-        found = find_latest(folder, comms)
-        if found is not None:
-            for reason in found.skipped if comms is None or comms.is_first else ():
-                print(f"warning: passed over a checkpoint: {reason}", flush=True)
-            return found.checkpoint
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
+    """The checkpoint that `path` means, on all ranks of `comms` (default: this process alone).
+
+    Raises CheckpointError, naming what was looked for.
+    """
+    found = open_newest(path, comms)
+    for reason in found.skipped if comms is None or comms.is_first else ():
+        print(f"warning: passed over a checkpoint: {reason}", flush=True)
+    return found.checkpoint
 
 
 def _config(checkpoint: Checkpoint) -> RunConfig:
