@@ -17,9 +17,6 @@ EPILOG = """exit codes: 0 done, 1 failed, 2 a mistake to mend, 75 stopped early 
 Under torchrun, srun or mpirun, `gptdist train` is one rank. GPTDIST_DEBUG=1 shows tracebacks."""
 
 
-_MODEL = "a run's folder, its checkpoints folder, one step-... folder, or a Hugging Face folder"
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, with the nearest valid word for a misspelt subcommand or option."""
 
@@ -175,7 +172,7 @@ def _add_data_order(data: Parser, subcommands: Any) -> None:
 
 def _add_generate(parser: Parser, commands: Any) -> None:
     generate = _add(parser, commands, "generate", "continue a prompt with a trained model")
-    generate.add_argument("path", type=Path, metavar="MODEL", help=_MODEL)
+    _add_model(generate)
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; - reads standard input")
     generate.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens to add (default: 64)")
     generate.add_argument("--tensor", type=_positive, default=1, metavar="N", help="split the model over N ranks here")
@@ -200,9 +197,19 @@ def _add_generate(parser: Parser, commands: Any) -> None:
     )
 
 
+def _add_model(command: Parser) -> None:
+    command.add_argument(
+        "path",
+        type=Path,
+        metavar="MODEL",
+        help="a run's folder, its checkpoints folder, one step-... folder, or a Hugging Face folder",
+    )
+    command.add_argument("--trust-others", action="store_true", help="also what other users own or may write")
+
+
 def _add_serve(parser: Parser, commands: Any) -> None:
     serve = _add(parser, commands, "serve", "a small server of OpenAI's protocol, and a page, to try a model with")
-    serve.add_argument("path", type=Path, metavar="MODEL", help=_MODEL)
+    _add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
     serve.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
     serve.add_argument("--name", metavar="NAME", help="what clients call the model (default: its folder's name)")

@@ -33,6 +33,7 @@ class Order:
     beams: int
     length_penalty: float
     no_repeat: int
+    trust_others: bool
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def run_rank(world: World, order: Order) -> int:
     """One rank of a generation; the first prints."""
     from launch.trained import open_trained
 
-    with open_trained(order.path, world) as trained:
+    with open_trained(order.path, world, trust_others=order.trust_others) as trained:
         for prompt in order.prompts:
             for piece in _pieces(trained, order, prompt):
                 if world.is_first:
@@ -105,6 +106,7 @@ def _order(args: argparse.Namespace) -> Order:
         beams=args.beams,
         length_penalty=args.length_penalty,
         no_repeat=args.no_repeat,
+        trust_others=args.trust_others,
     )
 
 

@@ -40,7 +40,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket, key: str | None) -
     from gptdist.serve.completion import ServedModel
     from launch.trained import open_trained
 
-    with open_trained(args.path) as trained:
+    with open_trained(args.path, trust_others=args.trust_others) as trained:
         name = args.name or args.path.resolve().name
         model = ServedModel(name, trained.engine, trained.comms, trained.tokenizer, trained.opening)
         local = _is_loopback(args.host)

@@ -56,11 +56,11 @@ class Trained:
 
 
 @contextmanager
-def open_trained(path: Path, world: World | None = None) -> Iterator[Trained]:
+def open_trained(path: Path, world: World | None = None, *, trust_others: bool = False) -> Iterator[Trained]:
     """Load the newest good checkpoint at `path`, or `path` itself if it is one or a Hugging Face folder.
 
     All ranks of `world` together, the model split over them. Raises CheckpointError, or LayoutError where it cannot be
-    split so.
+    split so. `trust_others`: also a checkpoint that other users own or may write.
     """
     world = world or World()
     on_gpu = torch.cuda.is_available()
@@ -70,15 +70,15 @@ def open_trained(path: Path, world: World | None = None) -> Iterator[Trained]:
             with _open_folder_of_hugging_face(path, comms, on_gpu) as trained:
                 yield trained
         else:
-            with _open_our_own(path, comms, on_gpu) as trained:
+            with _open_our_own(path, comms, on_gpu, trust_others) as trained:
                 yield trained
     finally:
         leave()
 
 
 @contextmanager
-def _open_our_own(path: Path, comms: Comms, on_gpu: bool) -> Iterator[Trained]:
-    with open_checkpoint(path, comms) as checkpoint:
+def _open_our_own(path: Path, comms: Comms, on_gpu: bool, trust_others: bool) -> Iterator[Trained]:
+    with open_checkpoint(path, comms, trust_others) as checkpoint:
         config = _config(checkpoint)
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
         tokenizer = _tokenizer(path, checkpoint, config)
@@ -127,12 +127,12 @@ class _AsTensors:
         return torch.from_numpy(self._source.read(name, box))
 
 
-def open_checkpoint(path: Path, comms: Comms | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, comms: Comms | None = None, trust_others: bool = False) -> Checkpoint:
     """The checkpoint that `path` means, on all ranks of `comms` (default: this process alone).
 
     Raises CheckpointError, naming what was looked for.
     """
-    found = open_newest(path, comms)
+    found = open_newest(path, comms, trust_others=trust_others)
     for reason in found.skipped if comms is None or comms.is_first else ():
         print(f"warning: passed over a checkpoint: {reason}", flush=True)
     return found.checkpoint
