@@ -71,17 +71,31 @@ def _pieces(trained: "Trained", order: Order, prompt: str) -> Iterator[str]:
             f"The prompt has {len(ids):,} tokens, and the model's context is {context:,}. Shorten it: its beginning "
             "would count for nothing."
         )
-    where = (trained.engine, trained.comms, ids, order.tokens)
-    known = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
     yield prompt
     text = TextStream(tokenizer, ids)
     if order.beams > 1:
         settings = BeamSettings(order.beams, order.length_penalty, order.no_repeat)
-        found = generate_by_beams(*where, settings, **known)
+        found = generate_by_beams(
+            trained.engine,
+            trained.comms,
+            ids,
+            order.tokens,
+            settings,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+        )
         yield "".join(map(text.push, found))
     else:
         sampling = Sampling(order.temperature, order.top_k, order.top_p, order.seed)
-        for token in continue_text(*where, sampling, **known):
+        for token in continue_text(
+            trained.engine,
+            trained.comms,
+            ids,
+            order.tokens,
+            sampling,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+        ):
             yield text.push(token.id)
     yield text.finish() + "\n"
 

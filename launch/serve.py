@@ -49,6 +49,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket, key: str | None) -
             build_app(model, api_key=key, hosts=hosts),
             log_level="warning",
             access_log=False,
+            ws="none",
             timeout_graceful_shutdown=_ENDING_SECONDS,
         )
         # uvicorn ends at these, then raises them again for whoever listened before it.

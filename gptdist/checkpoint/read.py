@@ -178,8 +178,10 @@ def is_checkpoint(path: Path) -> bool:
 def open_newest(
     path: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
 ) -> FoundCheckpoint:
-    """What `path` means to a command, the same on all ranks of `comms` (default: this process alone): a checkpoint, or
-    the newest good one of a folder of them, or of a run's folder. Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint.
+    """What `path` means to a command, the same on all ranks of `comms` (default: this process alone).
+
+    A checkpoint, or the newest good one of a folder of them, or of a run's folder. Raises CheckpointError, naming what
+    was looked for, or NoGoodCheckpoint.
     """
     if is_checkpoint(path):
         return FoundCheckpoint(Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others), [])

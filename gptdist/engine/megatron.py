@@ -210,7 +210,7 @@ class Network:
         visible = visible_keys(positions, first) if first else None
         mask = Continuation(past, lengths, None if visible is None else visible.to(self.device))
         here = tokens[:, first:].to(self.device), positions[:, first:].to(self.device)
-        with chunk.rotary_from(first):
+        with _rotary_from(first, chunk):
             logits = chunk(*here, mask, runtime_gather_output=True)
         past.advance(length - first)
         return logits[:, -1, : self.model.vocab_size].float().contiguous()
@@ -285,19 +285,20 @@ class _PaddedVocabGPT(GPTModel):
             logits[..., self.real_columns :] = float("-inf")
         return super().compute_language_model_loss(labels, logits)
 
-    @contextmanager
-    def rotary_from(self, position: int) -> Iterator[None]:
-        """Within it, the first token's rotary position is `position`; Megatron's model counts from 0."""
-        if not position or self.position_embedding_type != "rope":
-            yield
-            return
-        hook = self.rotary_pos_emb.register_forward_pre_hook(
-            lambda _, args, named: (args, {**named, "offset": position}), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
+
+@contextmanager
+def _rotary_from(position: int, chunk: Any) -> Iterator[None]:
+    """Within it, the first token's rotary position is `position`; Megatron's model counts from 0."""
+    if not position or chunk.position_embedding_type != "rope":
+        yield
+        return
+    hook = chunk.rotary_pos_emb.register_forward_pre_hook(
+        lambda _, args, named: (args, {**named, "offset": position}), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _build_chunk(config: TransformerConfig, model: ModelConfig, groups: Groups, chunk: int) -> _PaddedVocabGPT:

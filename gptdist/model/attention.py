@@ -50,8 +50,9 @@ class CausalAttention(nn.Module):
         `document_lengths` (on the CPU, see `documents.py`): attention stays within each document. It stands where
         Megatron's layers hand on a mask, also to what is recomputed. Each document is a call of its own: no s x s mask
         is made, and attention costs the squares of the documents' lengths, not the window's. A GPU starts a kernel for
-        every document, so many short ones leave it waiting. A `Continuation` in that place: these are the next tokens of
-        texts whose earlier keys and values it holds.
+        every document, so many short ones leave it waiting.
+
+        A `Continuation` in that place: these are the next tokens of texts whose earlier keys and values it holds.
         """
         if isinstance(document_lengths, Continuation):
             continuation = document_lengths

@@ -50,9 +50,7 @@ class Completions:
         return self._body([self._choice(index, piece.text, piece.tokens, piece.finish, offset)])
 
     def answer(self, gathered: "list[Gathered]") -> dict[str, Any]:
-        choices = [
-            self._choice(index, one.text, one.tokens, one.finish, 0) for index, one in enumerate(gathered)
-        ]
+        choices = [self._choice(index, one.text, one.tokens, one.finish, 0) for index, one in enumerate(gathered)]
         return self._body(choices)
 
     def usage_event(self, counts: dict[str, int]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ What is asked for is read in `requests.py`, computed in `completion.py` and put 
 import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -169,7 +169,7 @@ async def _respond(
     return JSONResponse({**answers.answer(gathered), "usage": counts})
 
 
-def _all(model: ServedModel, asks: list[Ask], gathered: list[Gathered]) -> Iterator[Piece]:
+def _all(model: ServedModel, asks: list[Ask], gathered: list[Gathered]) -> Generator[Piece, None, None]:
     """The pieces of one completion after the other, each gathered where it belongs."""
     for ask, into in zip(asks, gathered, strict=True):
         for piece in complete(model, ask):
@@ -179,7 +179,7 @@ def _all(model: ServedModel, asks: list[Ask], gathered: list[Gathered]) -> Itera
 
 async def _events(
     turns: Turns, model: ServedModel, answers: Completions, asks: list[Ask], wants_usage: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     counted = 0
     try:
         for index, ask in enumerate(asks):
@@ -202,14 +202,15 @@ async def _events(
 class _Events(StreamingResponse):
     """A stream of events whose source is closed at once when the client goes."""
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self._events.aclose()
 
 
 async def _body(request: Request) -> bytes:
@@ -259,4 +260,3 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def of_nobody(_: Request, error: Exception) -> Response:
         return answer(ApiError(f"The server met an error of its own: {type(error).__name__}.", 500, "server_error"))
-

@@ -3,7 +3,7 @@
 Knows tokens, text and stop strings; nothing of HTTP or of OpenAI's JSON.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from gptdist.comms import Comms
@@ -57,7 +57,7 @@ class Piece:
     finish: str | None = None
 
 
-def complete(model: ServedModel, ask: Ask) -> Iterator[Piece]:
+def complete(model: ServedModel, ask: Ask) -> Generator[Piece, None, None]:
     """The continuation, without the stop string that ends it."""
     text = TextStream(model.tokenizer, ask.prompt)
     stops = StopStrings(ask.stop)

@@ -95,7 +95,9 @@ class CompletionRequest(_Request):
                 "prompt is an empty list. Send text, or at least one id; the text '' begins a document.", param="prompt"
             )
         if len(found) > MOST_PROMPTS:
-            raise ApiError(f"prompt has {len(found)} prompts; at most {MOST_PROMPTS} go in one request.", param="prompt")
+            raise ApiError(
+                f"prompt has {len(found)} prompts; at most {MOST_PROMPTS} go in one request.", param="prompt"
+            )
         return found
 
 

@@ -4,7 +4,7 @@ Joins what grows (the engine's decoding) and what chooses (sampling, beams). One
 between machines must not send ranks different ways. Every rank must make the same calls with the same arguments.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ def continue_text(
     vocab_size: int | None = None,
     end_of_text: int | None = None,
     likeliest: int | None = None,
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Tokens that continue `prompt` (not empty), as they come; stops before `end_of_text`.
 
     The draw of each position is keyed by (seed, position). `vocab_size`: draw smaller ids only, where the tokenizer
