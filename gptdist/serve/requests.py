@@ -3,13 +3,17 @@
 Knows no HTTP and no model. A field that would change the text and that nothing here does is refused, never ignored.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 MOST_TOKENS = 65536
 MOST_PROMPTS = 64
+_MOST_WISHES = 4
+_LONGEST_VALUE = 80
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields of OpenAI's that do nothing here, with the values at which nothing is just what they ask for.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -148,14 +152,7 @@ def parse_request(kind: type[Request], body: bytes) -> Request:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            raise ApiError(f"The body is not JSON: {first['msg']}.") from None
-        fields = [str(part) for part in first["loc"]]
-        where = fields[0] if fields else None
-        value = repr(first["input"])
-        shown = value if len(value) <= 80 else value[:77] + "..."
-        raise ApiError(f"{'.'.join(fields) or 'The body'}: {first['msg']}; it is {shown}.", param=where) from None
+        raise _refusal(error.errors()) from None
     for name, value in (request.model_extra or {}).items():
         if name in _IGNORED or value in _NEUTRAL.get(name, (None,)):
             continue
@@ -165,3 +162,18 @@ def parse_request(kind: type[Request], body: bytes) -> Request:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ApiError(f"There is no parameter {name}.{hint}", param=name, code="unknown_parameter")
     return request
+
+
+def _refusal(errors: Sequence[Any]) -> ApiError:
+    """Of the first field that is wrong; where it may be of several kinds, what each of them asks for."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(f"The body is not JSON: {first['msg']}.")
+    of_field = [error for error in errors if error["loc"][:1] == first["loc"][:1]]
+    paths = list(zip(*(error["loc"] for error in of_field), strict=False))
+    shared = [str(parts[0]) for parts in takewhile(lambda parts: len(set(parts)) == 1, paths)]
+    wishes = list(dict.fromkeys(error["msg"] for error in of_field))[:_MOST_WISHES]
+    value = repr(first["input"])
+    shown = value if len(value) <= _LONGEST_VALUE else value[: _LONGEST_VALUE - 3] + "..."
+    where = ".".join(shared) or "The body"
+    return ApiError(f"{where}: {', or '.join(wishes)}; it is {shown}.", param=shared[0] if shared else None)
