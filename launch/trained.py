@@ -1,5 +1,4 @@
-"""A trained model from a run folder, a folder of checkpoints, one checkpoint, or a folder as Hugging Face's tools write
-it: what `generate`, `serve` and `eval` start from.
+"""A trained model, from a run's folder, a checkpoint or a Hugging Face folder: for `generate`, `serve` and `eval`.
 
 No optimizer. The weights are read directly under the layout asked for (one rank, or the model split over several),
 whatever layout wrote them.

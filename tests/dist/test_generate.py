@@ -1,4 +1,4 @@
-"""Generation: what is remembered changes nothing, the command gives one text on any number of ranks, and oracles agree."""
+"""Generation: memory changes nothing, any number of ranks give one text, and transformers gives the same."""
 
 import json
 from collections.abc import Iterator

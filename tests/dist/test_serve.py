@@ -1,6 +1,6 @@
 """The server over real sockets: OpenAI's protocol, its errors, one request at a time, and clients that go.
 
-The model is a stand-in that spells the alphabet, so that every answer is known; `test_the_command` serves a trained one.
+The model is a stand-in that spells the alphabet, so that every answer is known; one test serves a trained one.
 """
 
 import http.client
@@ -206,7 +206,8 @@ def test_a_seed_settles_the_draws(server: Server) -> None:
 
 
 def test_a_chat_is_plain_text(server: Server) -> None:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    parts = [{"type": "text", "text": "a"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     body = {"messages": messages, "max_tokens": 3}
     status, answer, _ = server.ask("POST", "/v1/chat/completions", {"temperature": 0, **body})
     assert status == 200 and answer["object"] == "chat.completion"
@@ -321,7 +322,7 @@ def test_a_key_is_asked_for() -> None:
     with serving(api_key=KEY) as server:
         for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
             assert server.refuse(401, {"prompt": "a"}, **wrong)["code"] == "invalid_api_key"
-            status, answer, headers = server.ask("GET", "/v1/models", **wrong)
+            status, _, headers = server.ask("GET", "/v1/models", **wrong)
             assert status == 401 and headers["www-authenticate"] == "Bearer"
         assert server.ask("GET", "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200
         assert server.ask("GET", "/", Host="any.name")[0] == 200, "the page itself asks for the key"
@@ -375,7 +376,7 @@ def test_the_command(commands: Commands, tmp_path: Path) -> None:
     assert status == 200 and answer["model"] == "run" and answer["usage"]["completion_tokens"] == 8
     said = commands.run("generate", run, "--prompt", "def ", "--tokens", 8, "--temperature", 0).expect(0).out
     assert said == "def " + answer["choices"][0]["text"] + "\n"
-    commands.run("serve", run, "--port", found[1]).one_error(f"port {found[1]} of 127.0.0.1", "already in use", "--port")
+    commands.run("serve", run, "--port", found[1]).one_error(f"port {found[1]} of", "already in use", "--port")
     command.send(signal.SIGINT)
     ended = command.wait(30).expect(0)
     assert not ended.errors and "Traceback" not in ended.err
