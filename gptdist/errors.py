@@ -40,12 +40,16 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
-class ExchangeError(UserError):
-    """A model that another system's format cannot hold, or a folder in such a format that is not understood."""
-
-
 class NoGoodCheckpoint(GptdistError):
     """There are checkpoints, but not one of them is good; the message lists them."""
+
+
+class GenerationError(UserError):
+    """Text cannot be generated as asked: a prompt longer than the context, settings that exclude each other."""
+
+
+class ExchangeError(UserError):
+    """A model that another system's format cannot hold, or a folder in such a format that is not understood."""
 
 
 class LaunchError(UserError):

@@ -59,6 +59,7 @@ def build_parser() -> Parser:
     _add_train(parser, commands)
     _add_data(parser, commands)
     _add_generate(parser, commands)
+    _add_serve(parser, commands)
     _add_eval(parser, commands)
     _add_export(parser, commands)
     _add_import(parser, commands)
@@ -173,14 +174,48 @@ def _add_data_order(data: Parser, subcommands: Any) -> None:
 
 def _add_generate(parser: Parser, commands: Any) -> None:
     generate = _add(parser, commands, "generate", "continue a prompt with a trained model")
-    generate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
-    generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    _add_model(generate)
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; - reads standard input")
     generate.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens to add (default: 64)")
-    generate.add_argument(
-        "--temperature", type=_temperature, default=0.8, metavar="T", help="0: likeliest (default: 0.8)"
+    generate.add_argument("--tensor", type=_positive, default=1, metavar="N", help="split the model over N ranks here")
+    drawing = generate.add_argument_group("drawing")
+    drawing.add_argument("--temperature", type=_temperature, metavar="T", help="0: likeliest (default: 0.8)")
+    drawing.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K likeliest tokens only")
+    drawing.add_argument(
+        "--top-p", type=_top_p, metavar="P", help="and from the likeliest that together have probability P"
     )
-    generate.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K likeliest tokens only")
-    generate.add_argument("--seed", type=int, default=1234, metavar="N")
+    drawing.add_argument("--seed", type=int, default=1234, metavar="N", help="key of the draws (default: 1234)")
+    searching = generate.add_argument_group("searching instead")
+    searching.add_argument("--beams", type=_positive, default=1, metavar="N", help="follow the N likeliest texts")
+    searching.add_argument(
+        "--length-penalty",
+        type=_temperature,
+        default=1.0,
+        metavar="A",
+        help="score: log-probability / tokens ** A (default: 1)",
+    )
+    searching.add_argument(
+        "--no-repeat", type=_from_zero, default=0, metavar="N", help="no N tokens in a row twice (default: 0, allowed)"
+    )
+
+
+def _add_model(command: Parser) -> None:
+    command.add_argument(
+        "path",
+        type=Path,
+        metavar="MODEL",
+        help="a run's folder, its checkpoints folder, one step-... folder, or a Hugging Face folder",
+    )
+    command.add_argument("--trust-others", action="store_true", help="also what other users own or may write")
+
+
+def _add_serve(parser: Parser, commands: Any) -> None:
+    serve = _add(parser, commands, "serve", "a small server of OpenAI's protocol, and a page, to try a model with")
+    _add_model(serve)
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    serve.add_argument("--name", metavar="NAME", help="what clients call the model (default: its folder's name)")
+    serve.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask clients for the key in FILE")
 
 
 def _add_eval(parser: Parser, commands: Any) -> None:
@@ -285,6 +320,14 @@ def _from_zero(text: str) -> int:
 
 def _temperature(text: str) -> float:
     return float(_typed(float, text, lambda value: 0 <= value < float("inf"), "must be a number of at least 0"))
+
+
+def _top_p(text: str) -> float:
+    return float(_typed(float, text, lambda value: 0 < value <= 1, "must be a number above 0 and at most 1"))
+
+
+def _port(text: str) -> int:
+    return int(_typed(int, text, lambda value: 0 <= value <= 65535, "must be a port, 0 to 65535"))
 
 
 def _corpus(text: str) -> Path | str:

@@ -28,6 +28,7 @@ HANDLERS = {
     "data index": "launch.data:index",
     "data order": "launch.data_order:main",
     "generate": "launch.generate:main",
+    "serve": "launch.serve:main",
     "eval": "launch.evaluate:main",
     "export": "launch.export:main",
     "import": "launch.import_model:main",

@@ -18,10 +18,10 @@ import numpy as np
 
 from gptdist.config.sections import DataConfig, RunConfig
 from gptdist.data.corpora import corpus_names, open_corpora, open_stores
-from gptdist.data.fetch import is_url
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError, ExchangeError, NotConformant
 from gptdist.exchange.conformance import RULE, Probe, compare, probe_lengths, random_probes, together
+from gptdist.remote import is_url
 from launch import proof_models
 
 EXTRA = "gptdist[export]"

@@ -144,6 +144,10 @@ class CorpusTokenizer:
             return bytes(index for index in ids if index < 256).decode("utf-8", errors="replace")
         return str(self._library.decode(list(ids), skip_special_tokens=True))
 
+    def opening(self) -> list[int]:
+        """Ids that the tokenizer's own file would put before every text; corpora are built without them."""
+        return [] if self.kind == BYTES else list(self._library.encode("", add_special_tokens=True).ids)
+
     def token(self, index: int) -> str:
         """How the vocabulary spells the token `index`; "" where it has none."""
         return "" if self.kind == BYTES else str(self._library.id_to_token(index) or "")
