@@ -40,12 +40,20 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class ExchangeError(UserError):
+    """A model that another system's format cannot hold, or a folder in such a format that is not understood."""
+
+
 class LaunchError(UserError):
     """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
 
 
 class StorageError(UserError):
     """A disk is full or a folder cannot be written."""
+
+
+class NotConformant(GptdistError):
+    """What was exported does not compute what our model computes."""
 
 
 class RankFailed(GptdistError):
