@@ -16,13 +16,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 _GPT2 = "gpt-2"
 _ANY_CASE_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LETTERS_WITH_MARKS = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]{many}"
-    rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{more}{_ANY_CASE_CONTRACTIONS}?"
-    for many, more in (("*", "+"), ("+", "*"))
-)
 _ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# Patterns as tokenizer.json spells them -> llama.cpp's name, whether that takes whole words before merging.
+# Patterns as tokenizer.json spells them -> llama.cpp's name, whether that takes whole words before merging. Each gave
+# the same ids on texts that are hard for tokenizers; GPT-4o's is not here, since llama.cpp splits marks otherwise.
 _PATTERNS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": (_GPT2, False),
     # The same, as tiktoken spells it for GPT-2.
@@ -33,7 +29,6 @@ _PATTERNS = {
     _ANY_CASE_CONTRACTIONS
     + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     + _ENDS: ("qwen2", False),
-    "|".join(_LETTERS_WITH_MARKS) + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _ENDS: ("gpt-4o", False),
 }
 
 
