@@ -43,9 +43,9 @@ class Trained:
 def open_trained(path: Path) -> Iterator[Trained]:
     """Load the newest good checkpoint at `path` (or `path` itself, if it is one). Raises CheckpointError."""
     with open_checkpoint(path) as checkpoint:
-        config = config_of(checkpoint)
+        config = _config(checkpoint)
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        tokenizer = tokenizer_of(path, checkpoint, config)
+        tokenizer = _tokenizer(path, checkpoint, config)
         on_gpu = torch.cuda.is_available()
         comms = join(World(), config.launch.timeout, "cuda" if on_gpu else "cpu")
         # A CPU computes 16-bit matrices slowly and the weights are kept in fp32 anyway.
@@ -78,7 +78,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def config_of(checkpoint: Checkpoint) -> RunConfig:
+def _config(checkpoint: Checkpoint) -> RunConfig:
     try:
         return RunConfig.model_validate(checkpoint.state["config"])
     except ValidationError as error:
@@ -90,7 +90,7 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
         ) from error
 
 
-def tokenizer_of(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
+def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
     """From the run's folder, else from the corpus; it must be the one the model was trained with."""
     trained_on = checkpoint.state["data"]
     wanted, end_of_text = trained_on["tokenizer"], trained_on["end_of_text"]
