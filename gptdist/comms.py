@@ -7,13 +7,13 @@ everything here is the identity and needs no process group. Tensors of training 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from gptdist import errors
 from gptdist.world import World
+
+if TYPE_CHECKING:  # with one rank nothing of torch is needed, and tools of one rank start without it
+    import torch.distributed as dist
 
 
 class Comms:
@@ -34,6 +34,9 @@ class Comms:
         """Every rank's `value` (anything JSON holds), indexed by global rank, on every rank."""
         if self.world.world_size == 1:
             return [value]
+        import torch
+        import torch.distributed as dist
+
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.world_size)]
         dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self._group)
@@ -51,6 +54,8 @@ class Comms:
     def barrier(self) -> None:
         """Returns once every rank is here."""
         if self.world.world_size > 1:
+            import torch.distributed as dist
+
             dist.barrier(group=self._group)
 
     def any(self, flag: bool) -> bool:

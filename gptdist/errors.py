@@ -44,6 +44,10 @@ class ExchangeError(UserError):
     """A model that another system's format cannot hold, or a folder in such a format that is not understood."""
 
 
+class NoGoodCheckpoint(GptdistError):
+    """There are checkpoints, but not one of them is good; the message lists them."""
+
+
 class LaunchError(UserError):
     """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
 

@@ -11,6 +11,7 @@ import torch
 
 from gptdist.checkpoint.folder import free_bytes
 from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.snapshot import to_host
 from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.check import check_run
@@ -25,6 +26,7 @@ from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
 from gptdist.engine.engine import TrainEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.engine.zero_config import memory_note
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
 from gptdist.layout import Layout
@@ -38,6 +40,7 @@ from gptdist.train.loop import Actions, Sections, TrainLoop
 from gptdist.train.lost_shards import AgreeingLoader, lose_alike
 from gptdist.train.progress import (
     Progress,
+    check_resumable,
     check_same_data,
     check_same_model,
     check_same_on_all_ranks,
@@ -191,12 +194,13 @@ def _take_up(
         for reason in found.skipped:
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
     with found.checkpoint as checkpoint:
+        check_resumable(checkpoint.state, str(checkpoint.path))
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
         current = data_identity(config, data.manifests)
         consumed = restored_progress(checkpoint.state).samples
         check_same_data(checkpoint.state["data"], current, consumed, str(checkpoint.path))
         with comms.together():
-            engine.read(checkpoint, checkpoint.state["engine"])
+            engine.read(TensorSource(checkpoint), checkpoint.state["engine"])
         engine.refresh()
         return restored_progress(checkpoint.state), str(checkpoint.path)
 
@@ -293,7 +297,7 @@ def _build_loop(
     def save(progress: Progress) -> Path:
         state = run_state(progress, config, layout.describe(), data.manifests, engine.state())
         return save_checkpoint(
-            checkpoints_dir(config), progress.step, engine.fragments(), state, comms, config.checkpoint.keep
+            checkpoints_dir(config), progress.step, to_host(engine.fragments()), state, comms, config.checkpoint.keep
         )
 
     names = short_names(tuple(data.train))

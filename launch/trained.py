@@ -9,22 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
-from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
-from gptdist.data.corpora import corpus_names
-from gptdist.data.fetch import is_url, without_secrets
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
-from gptdist.errors import CheckpointError
+from gptdist.engine.partition import TensorSource
 from gptdist.layout import Layout
 from gptdist.train.progress import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.train import TOKENIZER_FILE, weight_shapes
+from launch.stored import stored_config, stored_tokenizer
+from launch.train import weight_shapes
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Trained:
 def open_trained(path: Path) -> Iterator[Trained]:
     """Load the newest good checkpoint at `path` (or `path` itself, if it is one). Raises CheckpointError."""
     with open_checkpoint(path) as checkpoint:
-        config = _config(checkpoint)
+        config = stored_config(checkpoint)
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        tokenizer = _tokenizer(path, checkpoint, config)
+        tokenizer = stored_tokenizer(path, checkpoint, config)
         on_gpu = torch.cuda.is_available()
         comms = join(World(), config.launch.timeout, "cuda" if on_gpu else "cpu")
         # A CPU computes 16-bit matrices slowly and the weights are kept in fp32 anyway.
@@ -54,7 +51,7 @@ def open_trained(path: Path) -> Iterator[Trained]:
             end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
             engine = InferenceEngine(config.model, train, Layout(), World(), end_of_text)
             try:
-                engine.load_weights(checkpoint)
+                engine.load_weights(TensorSource(checkpoint))
                 yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
             finally:
                 engine.close()
@@ -64,48 +61,7 @@ def open_trained(path: Path) -> Iterator[Trained]:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `path` means. Raises CheckpointError, naming what was looked for."""
-    if (path / MANIFEST).is_file() and path.name.startswith("step-"):
-        return Checkpoint.open(path, verify=True)
-    for folder in (path / "checkpoints", path):
-        found = find_latest(folder)
-        if found is not None:
-            for reason in found.skipped:
-                print(f"warning: passed over a checkpoint: {reason}", flush=True)
-            return found.checkpoint
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
-
-
-def _config(checkpoint: Checkpoint) -> RunConfig:
-    try:
-        return RunConfig.model_validate(checkpoint.state["config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointError(
-            f"{checkpoint.path} was saved by another version of gptdist "
-            f"({checkpoint.state['versions'].get('gptdist')}): its "
-            f"config's {'.'.join(map(str, first['loc']))} is not understood here ({first['msg']}). Use that version."
-        ) from error
-
-
-def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
-    """From the run's folder, else from the corpus; it must be the one the model was trained with."""
-    trained_on = checkpoint.state["data"]
-    wanted, end_of_text = trained_on["tokenizer"], trained_on["end_of_text"]
-    places: list[Path | str] = [
-        path / TOKENIZER_FILE,
-        checkpoint.path.parent.parent / TOKENIZER_FILE,
-        Path(config.launch.run_dir) / TOKENIZER_FILE,
-        *corpus_names(config.data),
-    ]
-    for place in places:
-        if is_url(place) or Path(place).exists():
-            tokenizer = CorpusTokenizer.load(place, end_of_text)
-            if tokenizer.sha256 == wanted:
-                return tokenizer
-    raise CheckpointError(
-        f"the tokenizer that {checkpoint.path} was trained with (sha256 {wanted[:12]}...) is in none of "
-        f"{', '.join(without_secrets(str(place)) for place in dict.fromkeys(places))}. Put its file there."
-    )
+    found = open_newest(path)
+    for reason in found.skipped:
+        print(f"warning: passed over a checkpoint: {reason}", flush=True)
+    return found.checkpoint

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gptdist.checkpoint.digest import add_digests, render_digest
 from gptdist.checkpoint.folder import (
     LATEST,
     commit,
@@ -22,15 +23,10 @@ from gptdist.checkpoint.folder import (
     storage_error,
     temporary_path,
 )
+from gptdist.checkpoint.fragment import HostFragment, check_fragments
 from gptdist.checkpoint.listing import prune
 from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Manifest, TensorEntry
-from gptdist.checkpoint.tensor_file import (
-    Fragment,
-    check_fragments,
-    file_size,
-    read_stored_fragments,
-    write_tensor_file,
-)
+from gptdist.checkpoint.tensor_file import file_size, read_fragment_places, write_tensor_file
 from gptdist.comms import Comms
 from gptdist.durable import write_durably
 from gptdist.errors import CheckpointError, GptdistError
@@ -41,7 +37,7 @@ _log = logging.getLogger(__name__)
 def save_checkpoint(
     checkpoints_dir: Path,
     step: int,
-    fragments: Iterable[Fragment],
+    fragments: Iterable[HostFragment],
     state: dict[str, Any],
     comms: Comms,
     keep: int | None = None,
@@ -52,7 +48,7 @@ def save_checkpoint(
     `keep`: how many of the newest to keep; None: all.
     Raises on every rank, and leaves nothing, where any rank fails: StorageError for what the disk refuses.
     """
-    mine: list[Fragment] = []
+    mine: list[HostFragment] = []
     with comms.together():
         mine = list(fragments)
         check_fragments(mine)
@@ -113,8 +109,8 @@ def _make_folder(temporary: Path) -> None:
         raise storage_error(error, temporary, 0) from error
 
 
-def _write_mine(temporary: Path, fragments: list[Fragment], global_rank: int) -> list[Any] | None:
-    """[file name, bytes, sha256]; None for a rank that holds nothing of its own, which writes no file."""
+def _write_mine(temporary: Path, fragments: list[HostFragment], global_rank: int) -> list[Any] | None:
+    """[file name, bytes, sha256, digests]; None for a rank that holds nothing of its own, which writes no file."""
     if not fragments:
         return None
     path = temporary / f"rank-{global_rank:05d}.safetensors"
@@ -122,7 +118,7 @@ def _write_mine(temporary: Path, fragments: list[Fragment], global_rank: int) ->
         written = write_tensor_file(path, fragments)
     except OSError as error:
         raise storage_error(error, path, file_size(fragments)) from error
-    return [path.name, written.bytes, written.sha256]
+    return [path.name, written.bytes, written.sha256, written.digests]
 
 
 def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any], state: dict[str, Any]) -> str:
@@ -133,7 +129,8 @@ def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any
         if entry is not None
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = Manifest(step, created, files, _gather_tensors(temporary, files), state)
+    digests = [entry[3] for entry in entries if entry is not None]
+    manifest = Manifest(step, created, files, _gather_tensors(temporary, files, digests), state)
     try:
         manifest.check_cover()
     except CheckpointError as error:  # Not the user's: the ranks were told to save the wrong parts.
@@ -149,7 +146,9 @@ def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any
     return final.name
 
 
-def _gather_tensors(temporary: Path, files: dict[str, FileEntry]) -> dict[str, TensorEntry]:
+def _gather_tensors(
+    temporary: Path, files: dict[str, FileEntry], digests: list[dict[str, int]]
+) -> dict[str, TensorEntry]:
     """The logical tensors in the files just written, from their headers: what is on disk, not what was sent."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     parts: dict[str, list[FragmentEntry]] = {}
@@ -161,7 +160,7 @@ def _gather_tensors(temporary: Path, files: dict[str, FileEntry]) -> dict[str, T
                 f"{'no such file' if size is None else f'{size} bytes'}. "
                 "All ranks must share the checkpoint folder: set checkpoint.dir to one that every node mounts."
             )
-        for stored in read_stored_fragments(temporary / file):
+        for stored in read_fragment_places(temporary / file):
             first = shapes.setdefault(stored.name, (stored.shape, stored.dtype))
             if first != (stored.shape, stored.dtype):
                 raise GptdistError(
@@ -170,9 +169,15 @@ def _gather_tensors(temporary: Path, files: dict[str, FileEntry]) -> dict[str, T
                 )
             parts.setdefault(stored.name, []).append(FragmentEntry(file, stored.key, stored.box))
     return {
-        name: TensorEntry(shape, dtype, tuple(sorted(parts[name], key=lambda part: part.box.start)))
+        name: TensorEntry(
+            shape, dtype, _digest_of(name, digests), tuple(sorted(parts[name], key=lambda part: part.box.start))
+        )
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def _digest_of(name: str, digests: list[dict[str, int]]) -> str:
+    return render_digest(add_digests(by_rank.get(name, 0) for by_rank in digests))
 
 
 def _tidy(path: Path, keep: int | None) -> None:

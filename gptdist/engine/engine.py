@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptdist.checkpoint.logical import Box, fragments_of_range
-from gptdist.checkpoint.tensor_file import Fragment
+from gptdist.checkpoint.snapshot import Fragment
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import Network, build_groups, destroy_groups

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import ValidationError
 
 from gptdist.checkpoint.logical import Box, Shape
 from gptdist.config.sections import ModelConfig
 from gptdist.errors import ExchangeError
-from gptdist.exchange.architecture import imported_model
+from gptdist.exchange.architecture import exported_dialect, hf_config, imported_model
+from gptdist.exchange.conformance import CARD
 from gptdist.exchange.dialect import Dialect
 from gptdist.exchange.safetensors_file import DTYPES, SafetensorsFile
 from gptdist.exchange.tensors import LogicalView, hf_tensors
@@ -34,11 +36,14 @@ class HuggingFaceSource:
         self.model: ModelConfig
         self.dialect: Dialect
         self.model, self.dialect = imported_model(self.config, sequence_length)
-        tensors = hf_tensors(self.model, self.dialect)
         self._files = _Files(folder, self.dialect, self.model.tie_embeddings)
+        tensors = hf_tensors(self.model, self.dialect)
         for tensor in tensors:
             self._files.check(tensor.name, tensor.shape)
         self._files.check_nothing_else({tensor.name for tensor in tensors})
+        exported = self._exported_model()
+        if exported is not None:
+            self.model, tensors = exported, hf_tensors(exported, self.dialect)
         self._view = LogicalView(self.model, tensors, self._files)
 
     def names(self, prefix: str = "") -> list[str]:
@@ -59,6 +64,28 @@ class HuggingFaceSource:
     def close(self) -> None:
         """Let all files go."""
         self._files.close()
+
+    def _exported_model(self) -> ModelConfig | None:
+        """The model that this folder was exported of, with settings that config.json has no place for.
+
+        It is in the conformance card; believed where it is what config.json says, and biases it has not are zero.
+        """
+        try:
+            card = read_json(self.path / CARD)
+            model = ModelConfig.model_validate(card["config"]["model"])
+            again = hf_config(model, str(card["dtype"]), self.config.get("eos_token_id"))
+            dialect = exported_dialect(model)
+        except (ExchangeError, ValidationError, KeyError, TypeError):
+            return None
+        if dialect != self.dialect or any(self.config.get(key) != value for key, value in again.items()):
+            return None
+        lacking = [tensor for tensor in hf_tensors(model, dialect) if not tensor.parts]
+        for tensor in lacking:
+            values = np.empty(tensor.shape, np.float32)
+            self._files.read_into(values, tensor.name, (slice(None),))
+            if values.any():
+                return None
+        return model
 
     def __enter__(self) -> Self:
         return self

@@ -87,25 +87,38 @@ def stream_hf_tensors(
 
 
 def hf_array(source: TensorSource, tensor: HFTensor) -> np.ndarray:
-    """One tensor of theirs, fp32, made from ours."""
-    shape = tensor.rows_first
-
-    def read(part: Part) -> np.ndarray:
-        box = Box((part.ours, *(0 for _ in shape[1:])), (part.ours + part.count, *shape[1:]))
-        return np.asarray(source.read(PREFIX + part.name, box), dtype=np.float32)
-
-    if len(tensor.parts) == 1 and tensor.parts[0].count == shape[0] and tensor.parts[0].scale == 1.0:
-        array = read(tensor.parts[0])  # not a second one to copy it into
-    else:
-        array = np.zeros(shape, np.float32)
-        for part in tensor.parts:
-            rows = array[part.theirs : part.theirs + part.count]
-            rows[...] = read(part)
-            if part.scale != 1.0:
-                rows /= np.float32(part.scale)
-    if array.shape != shape:
-        raise ValueError(f"{tensor.name} would be {array.shape}, not {shape}")
+    """One tensor of theirs, fp32, made from ours; transposed it is a view."""
+    array = _rows_first(source, tensor, Box.whole(tensor.rows_first))
     return array.T if tensor.transposed else array
+
+
+def hf_part(source: TensorSource, tensor: HFTensor, box: Box) -> np.ndarray:
+    """`box` of one tensor of theirs, fp32."""
+    if not tensor.transposed:
+        return _rows_first(source, tensor, box)
+    return _rows_first(source, tensor, Box(box.start[::-1], box.stop[::-1])).T
+
+
+def _rows_first(source: TensorSource, tensor: HFTensor, box: Box) -> np.ndarray:
+    """`box` of a tensor as it is before it is transposed."""
+
+    def read(part: Part, first: int, last: int) -> np.ndarray:
+        """Rows of theirs, of one part."""
+        shift = part.ours - part.theirs
+        ours = Box((first + shift, *box.start[1:]), (last + shift, *box.stop[1:]))
+        rows = np.asarray(source.read(PREFIX + part.name, ours), dtype=np.float32)
+        return rows if part.scale == 1.0 else rows / np.float32(part.scale)
+
+    first, last = box.start[0], box.stop[0]
+    array: np.ndarray | None = None
+    for part in tensor.parts:
+        low, high = max(first, part.theirs), min(last, part.theirs + part.count)
+        if (low, high) == (first, last):
+            return read(part, low, high)  # no second array to copy it into
+        if low < high:
+            array = np.zeros(box.shape, np.float32) if array is None else array
+            array[low - first : high - first] = read(part, low, high)
+    return np.zeros(box.shape, np.float32) if array is None else array
 
 
 class LogicalView:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from gptdist.checkpoint.average import AVERAGED_FROM
 from gptdist.comms import Comms
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import ModelConfig, RunConfig
@@ -97,6 +98,15 @@ def check_same_on_all_ranks(identity: dict[str, Any], names: Sequence[str], comm
         raise CorpusError(
             f"Not all ranks have the same corpus: on rank {other}, {', '.join(names)} has another index or another "
             "tokenizer than on rank 0. Copy the same corpus to every node, or put it where all can read it."
+        )
+
+
+def check_resumable(state: dict[str, Any], where: str) -> None:
+    """Raises CheckpointError for a checkpoint that has weights alone."""
+    if AVERAGED_FROM in state:
+        raise CheckpointError(
+            f"{where} cannot be resumed: it is the mean of the weights of {len(state[AVERAGED_FROM])} checkpoints, "
+            "without optimizer state. Begin a new run with it (checkpoint.start_from), or resume one of those."
         )
 
 
