@@ -1,168 +1,139 @@
-"""`gptdist export --format gguf`: a checkpoint as one file for llama.cpp, with the proof that it is the checkpoint's.
+"""`gptdist export --format gguf`: a checkpoint as one file for llama.cpp, proven to hold the checkpoint's numbers.
 
 Knows the order of the steps and what is said; how the file is made is `gptdist/exchange/gguf.py`'s. The file appears
-under its name, with its card beside it, only when everything in it was read back and compared.
+under its name, its card beside it, only when everything in it was read back and compared. Loads no torch: perplexity is
+measured in a process of its own.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import shutil
+import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.read import Checkpoint
-from gptdist.config.sections import ModelConfig, RunConfig
+from gptdist.config.sections import RunConfig
+from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import sync_folder, write_durably
-from gptdist.errors import EXIT_DONE, ExchangeError, StorageError
-from gptdist.exchange.gguf_vocabulary import gguf_vocabulary
-from gptdist.exchange.tensors import LogicalView
-from gptdist.train.evaluate import held_out_values
-from gptdist.train.progress import check_same_model
-from launch.evaluate import open_validation
-from launch.train import weight_shapes
-from launch.trained import config_of, open_checkpoint, open_trained, tokenizer_of
+from gptdist.errors import ExchangeError, StorageError
+from gptdist.exchange.gguf_vocabulary import Vocabulary, gguf_vocabulary
+from gptdist.exchange.write_hf import CheckedSource
+from launch import quantized_loss
+from launch.new_folder import check_room
+from launch.proof import alone
+from launch.stored import stored_config, stored_tokenizer, versions_of
 
-# Where weights are rounded so far that the perplexity is measured.
+# Weights rounded so far that the perplexity is measured before there is a file.
 _MEASURED = ("q8_0",)
+_ROOM_FOR_THE_REST = 64 << 20  # vocabulary, card
 
 
-def export_gguf(args: argparse.Namespace) -> int:
-    """Write `args.out` from the checkpoint at `args.path`. Raises ExchangeError for what does not fit, NotConformant
-    for a file that is not the checkpoint's (none is left)."""
-    gguf = _library()
-    out, dtype = Path(args.out), args.dtype or "fp32"
-    card_path = out.with_name(f"{out.name}.json")
-    _check_target(out, card_path)
-    with ExitStack() as closing:
-        checkpoint = closing.enter_context(open_checkpoint(args.path))
-        config = config_of(checkpoint)
-        check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        dtypes = gguf.stored_dtypes(config.model, dtype)  # refuses, before anything slow
-        tokenizer = tokenizer_of(args.path, checkpoint, config)
-        vocabulary = gguf_vocabulary(tokenizer, config.model.vocab_size)
-        about = _about(checkpoint, config)
-        temporary = closing.enter_context(_written_aside(out))
-        with _disk(out):
-            gguf.write_gguf(temporary, checkpoint, config.model, vocabulary, dtype, about)
-        gguf.check_gguf(temporary, checkpoint, config.model, dtype, about)
-        card = {
-            "format": "gguf",
-            "file": out.name,
-            "bytes": temporary.stat().st_size,
-            "sha256": _sha256(temporary),
-            "architecture": gguf.gguf_architecture(config.model),
-            "dtype": dtype,
-            "tensors": dtypes,
-            "vocabulary": vocabulary.pre_tokenizer or None,
-            "no_vocabulary_because": vocabulary.problem or None,
-            "step": checkpoint.step,
-            "checkpoint": checkpoint.path.name,
-            "data": checkpoint.state["data"],
-            "config": config.model.model_dump(mode="json"),
-            "versions": checkpoint.state["versions"],
-            "compared": "every tensor, read back from the file, is bit for bit the checkpoint's in its dtype",
-        }
-        if dtype in _MEASURED:
-            card["perplexity"] = _perplexity(args, checkpoint.path, temporary, config.model)
-        with _disk(out):
-            write_durably(card_path, json.dumps(card, indent=1).encode() + b"\n")
-            os.replace(temporary, out)
-            sync_folder(out.parent)
-    _say(card, out)
-    return EXIT_DONE
-
-
-def _library() -> Any:
-    """`gptdist.exchange.gguf`, which needs the extra."""
-    try:
-        from gptdist.exchange import gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ExchangeError("--format gguf needs the package gguf: pip install 'gptdist[gguf]'.") from None
-    return gguf
-
-
-def _check_target(out: Path, card: Path) -> None:
-    if out.suffix != ".gguf":
-        raise ExchangeError(f"--out {out} must be a file that ends in .gguf: --format gguf makes one file.")
-    for path in (out, card):
+def check_gguf_target(args: argparse.Namespace) -> None:
+    """Raises ExchangeError unless `args.out` can become a new file, and for what is missing here."""
+    if find_spec("gguf") is None:
+        raise ExchangeError("--format gguf needs the package gguf. Install it: pip install 'gptdist[gguf]'.")
+    if args.out.suffix != ".gguf":
+        raise ExchangeError(f"--out {args.out} must end in .gguf: --format gguf makes one file.")
+    for path in (args.out, card_path(args.out)):
         if path.exists() or path.is_symlink():
-            raise ExchangeError(f"{path} exists. Name another file with --out, or move that one away.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make the folder {out.parent} of --out: {error.strerror or error}.") from error
+            raise ExchangeError(f"{path} exists; nothing is ever replaced. Name another --out.")
 
 
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A temporary name beside `out`, gone at the end unless it was renamed."""
-    temporary = out.with_name(f".tmp-{out.name}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+def card_path(out: Path) -> Path:
+    """Where the card of a file is: beside it, under its name, since a folder may hold several files."""
+    return out.with_name(f"{out.stem}.conformance.json")
 
 
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """What the disk refuses, as one error with the room there is."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(out.parent).free
-        raise StorageError(
-            f"cannot write {out}: {error.strerror or error} ({free / 2**20:.0f} MiB are free there). Nothing was left."
-        ) from error
+def export_gguf(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Write `args.out` in `args.dtype`. Raises ExchangeError for what the format cannot hold, NotConformant where the
+    file is not the checkpoint's; no file is left then."""
+    from gptdist.exchange import gguf  # of an extra
+
+    config = stored_config(checkpoint)
+    dtype, model = args.dtype, config.model
+    architecture = gguf.gguf_architecture(model)
+    check_room(args.out, gguf.gguf_bytes(model, dtype) + _ROOM_FOR_THE_REST)
+    tokenizer = stored_tokenizer(args.path, checkpoint, config)
+    vocabulary = gguf_vocabulary(tokenizer, model.vocab_size)
+    about = _about(checkpoint, config)
+    print(f"exporting {checkpoint.path} as {architecture}, {dtype}", flush=True)
+    with _new_file(args.out) as temporary:
+        checked = CheckedSource(checkpoint)
+        gguf.write_gguf(temporary, checked, model, vocabulary, dtype, about)
+        checked.compare()
+        gguf.check_gguf(temporary, checkpoint, model, dtype, about)
+        card = build_card(checkpoint, config, tokenizer, vocabulary)
+        card |= {"architecture": architecture, "dtype": dtype, "tensors": gguf.stored_dtypes(model, dtype)}
+        card["files"] = {args.out.name: {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}}
+        if dtype in _MEASURED:
+            print("measuring perplexity, before and after", flush=True)
+            card["perplexity"] = alone(quantized_loss.measure, checkpoint.path, temporary, args.corpus, args.samples)
+        write_durably(card_path(args.out), (json.dumps(card, indent=1) + "\n").encode())
+    _say(card, args.out)
+
+
+def build_card(
+    checkpoint: Checkpoint, config: RunConfig, tokenizer: CorpusTokenizer, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """What was exported, from what, and what is proven of it."""
+    state = checkpoint.state
+    return {
+        "format": "gptdist-conformance",
+        "version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions_of("gptdist", "numpy", "gguf"),
+        "checkpoint": {
+            "step": checkpoint.step,
+            "created": checkpoint.created,
+            "manifest_sha256": checkpoint.manifest.sha256,
+            **{key: state.get(key) for key in ("samples", "tokens", "loss", "layout", "versions", "imported_from")},
+        },
+        "data": state.get("data"),
+        "tokenizer": {"sha256": tokenizer.sha256, "kind": tokenizer.kind, "end_of_text": tokenizer.end_of_text}
+        | {"pre_tokenizer": vocabulary.pre_tokenizer or None, "left_out_because": vocabulary.problem or None},
+        "config": {"model": config.model.model_dump(mode="json")},
+        "proof": {"rule": "every number of the file, read back, is bit for bit the checkpoint's in the file's dtype"},
+    }
 
 
 def _about(checkpoint: Checkpoint, config: RunConfig) -> dict[str, str | int | float | bool]:
     name = Path(config.launch.run_dir).name or "gptdist"
-    return {
+    about: dict[str, str | int | float | bool] = {
         "general.name": name,
         "general.description": f"{name}, step {checkpoint.step}, exported by gptdist",
         "gptdist.step": checkpoint.step,
-        "gptdist.tokens": int(checkpoint.state["tokens"]),
+        "gptdist.manifest_sha256": checkpoint.manifest.sha256,
     }
+    tokens = checkpoint.state.get("tokens")
+    return about if tokens is None else about | {"gptdist.tokens": int(tokens)}
 
 
-class _Weights:
-    """Exported weights as an engine reads them: torch's."""
+@contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
+    """A neighbour of `out` that gets its name when all has gone well, and is removed otherwise.
 
-    def __init__(self, view: LogicalView) -> None:
-        self._view = view
-
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._view.read(name, box)))
-
-
-def _perplexity(args: argparse.Namespace, checkpoint: Path, file: Path, model: ModelConfig) -> dict[str, Any]:
-    """Held-out perplexity of the checkpoint's weights and of the file's, through our engine, on the same windows."""
-    gguf = _library()
-    measured: dict[str, Any] = {}
-    with open_trained(checkpoint) as trained, ExitStack() as closing:
-        reader = open_validation(trained, getattr(args, "corpus", None), closing)[0]
-        windows = reader.num_windows(model.sequence_length)
-        samples = min(getattr(args, "samples", None) or trained.config.train.eval_samples, windows)
-        micro_batch_size = trained.config.train.micro_batch_size
-        before = held_out_values(trained.engine, reader, samples, micro_batch_size)
-        with gguf.GgufFile(file) as opened:
-            trained.engine.load_weights(_Weights(gguf.gguf_view(opened, model)))
-        after = held_out_values(trained.engine, reader, samples, micro_batch_size)
-        for name, values in (("checkpoint", before), ("exported", after)):
-            measured[name] = values["eval/perplexity"]
-        measured["change"] = after["eval/perplexity"] / before["eval/perplexity"] - 1
-        measured |= {"windows": samples, "corpus": str(reader.corpus), "index": reader.manifest.split(reader.split).index.sha256}
-    return measured
+    Raises StorageError for what the disk refuses.
+    """
+    temporary = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {out}: {error.strerror or error}. Name another --out, on a disk with room."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        if not out.exists():
+            card_path(out).unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
@@ -172,17 +143,17 @@ def _sha256(path: Path) -> str:
 
 def _say(card: dict[str, Any], out: Path) -> None:
     print(
-        f"{out}: {card['architecture']}, {card['dtype']}, {card['bytes'] / 2**20:.1f} MiB, step {card['step']}; every "
-        "tensor read back and compared"
+        f"{out}: {len(card['tensors'])} tensors, {card['files'][out.name]['bytes']:,} bytes; all read back and compared"
     )
     if measured := card.get("perplexity"):
         print(
             f"perplexity on {measured['windows']} held-out windows of {measured['corpus']}: "
-            f"{measured['checkpoint']:.4f} before, {measured['exported']:.4f} as exported ({measured['change']:+.3%})"
+            f"{measured['checkpoint']:.4f} of the checkpoint, {measured['exported']:.4f} of the file "
+            f"({measured['change']:+.4%})"
         )
-    if card["no_vocabulary_because"]:
+    if problem := card["tokenizer"]["left_out_because"]:
         print(
-            f"warning: {out} has no vocabulary, so llama.cpp takes and gives ids, not text: the tokenizer does not fit, "
-            f"because {card['no_vocabulary_because']}",
+            f"note    {out} has no vocabulary, so that llama.cpp takes and gives ids and no text: of the tokenizer "
+            f"llama.cpp knows no equal, since {problem}",
             flush=True,
         )

@@ -1,7 +1,7 @@
-"""Our models as GGUF files of llama.cpp's: the architecture that computes the same, its tensors, and the proof of a file.
+"""Our models as llama.cpp's: the architecture that computes the same, its tensors in a GGUF file, and their proof.
 
-Knows names, metadata and the order in which llama.cpp rotates; which rows of ours a tensor is made of is `tensors.py`'s,
-how the file lies `gguf_file.py`'s. Must not know torch: one tensor at a time, in a process that never loads it.
+Knows names, metadata and the order in which llama.cpp rotates; which rows of ours a tensor is made of is
+`tensors.py`'s, how the file lies `gguf_file.py`'s. Must not know torch: one tensor at a time, and never loads it.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,18 @@ from gptdist.checkpoint.logical import Box
 from gptdist.config.sections import ModelConfig
 from gptdist.errors import ExchangeError, NotConformant
 from gptdist.exchange.dialect import Dialect, Names
-from gptdist.exchange.gguf_file import BLOCK, DTYPES, Field, GgufFile, GgufWriter, Shape, decode, encode, row_pieces
+from gptdist.exchange.gguf_file import (
+    BLOCK,
+    DTYPES,
+    Field,
+    GgufFile,
+    GgufWriter,
+    Shape,
+    decode,
+    encode,
+    row_pieces,
+    stored_bytes,
+)
 from gptdist.exchange.gguf_vocabulary import Vocabulary
 from gptdist.exchange.tensors import PREFIX, HFTensor, LogicalView, TensorSource, hf_array, hf_tensors
 from gptdist.model.parameters import logical_shapes
@@ -50,6 +61,7 @@ _NAMES = {
 }
 # What llama.cpp rotates by neighbours (rows 0 and 1 of a head, 2 and 3...), we by halves (0 and size / 2, ...).
 _BY_NEIGHBOURS = ("attn_q", "attn_k")
+_TIED_OUTPUT = "output.weight"
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,8 @@ def gguf_architecture(model: ModelConfig) -> str:
             return kind
         reasons.append(f"{kind} needs {' and '.join(misfits)}")
     raise ExchangeError(
-        f"No architecture of llama.cpp computes what this model does: {'; '.join(reasons)}. There is no GGUF export for "
-        "it; a model to be exported has to be trained with settings that one of them has."
+        f"No architecture of llama.cpp computes what this model does: {'; '.join(reasons)}. There is no GGUF export "
+        "of it; a model to be exported has to be trained with settings that one of them has."
     )
 
 
@@ -86,7 +98,7 @@ def gguf_tensors(model: ModelConfig) -> list[HFTensor]:
     dialect = _GgufDialect(kind, biases, biases, biases, positions=model.sequence_length)
     tensors = hf_tensors(model, dialect)
     if kind == "gptneox" and model.tie_embeddings:  # the one that must have an output of its own
-        tensors.append(replace(tensors[0], name="output.weight"))
+        tensors.append(replace(tensors[0], name=_TIED_OUTPUT))
     return tensors
 
 
@@ -107,6 +119,12 @@ def stored_dtypes(model: ModelConfig, dtype: str) -> dict[str, str]:
             )
         dtypes[tensor.name] = dtype if matrix else "fp32"
     return dtypes
+
+
+def gguf_bytes(model: ModelConfig, dtype: str) -> int:
+    """Bytes of all tensors, but for a few of alignment."""
+    dtypes = stored_dtypes(model, dtype)
+    return sum(stored_bytes(tensor.shape, dtypes[tensor.name]) for tensor in gguf_tensors(model))
 
 
 def gguf_fields(model: ModelConfig) -> dict[str, Field]:
@@ -149,9 +167,13 @@ def write_gguf(
     try:
         with GgufWriter(path, gguf_architecture(model), plan, fields, vocabulary, dtype) as writer:
             for tensor in tensors:
+                if tensor.name == _TIED_OUTPUT and model.tie_embeddings:
+                    continue
                 array = hf_array(source, tensor)
                 order = _by_neighbours(tensor.name, tensor.shape, model)
                 writer.put(tensor.name, array if order is None else array[order])
+                if tensor is tensors[0] and tensors[-1].name == _TIED_OUTPUT and model.tie_embeddings:
+                    writer.put(_TIED_OUTPUT, array)  # now, so that each tensor of ours is read once
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -85,7 +85,7 @@ class GgufWriter:
         self._offsets: dict[str, int] = {}
         offset = 0
         for name, (shape, kind) in tensors.items():
-            size = _stored_bytes(shape, kind)
+            size = stored_bytes(shape, kind)
             writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=_TYPES[kind][0])
             self._offsets[name] = offset
             offset += gguf.GGUFWriter.ggml_pad(size, writer.data_alignment)
@@ -167,7 +167,8 @@ class GgufFile:
         self.close()
 
 
-def _stored_bytes(shape: Shape, dtype: str) -> int:
+def stored_bytes(shape: Shape, dtype: str) -> int:
+    """Of a tensor in a file."""
     numbers, size = gguf.GGML_QUANT_SIZES[_TYPES[dtype][0]]
     return math.prod(shape) // numbers * size
 

@@ -23,12 +23,11 @@ _PATTERNS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": (_GPT2, False),
     # The same, as tiktoken spells it for GPT-2.
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s": (_GPT2, False),
-    _ANY_CASE_CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    + _ENDS: ("llama-bpe", True),
-    _ANY_CASE_CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    + _ENDS: ("qwen2", False),
+    _ANY_CASE_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _ENDS: (
+        "llama-bpe",
+        True,
+    ),
+    _ANY_CASE_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _ENDS: ("qwen2", False),
 }
 
 
@@ -140,7 +139,9 @@ def _check_every_token_merges(fields: Mapping[str, Any]) -> None:
             raise _NoFit(f"its token {text!r} does not come of its merges, which llama.cpp would go by")
 
 
-def _by_id(ids: Mapping[str, int], types: Mapping[str, int], vocab_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _by_id(
+    ids: Mapping[str, int], types: Mapping[str, int], vocab_size: int
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Tokens and their types by id. llama.cpp wants every id to have a token of its own."""
     texts = {index: text for text, index in ids.items()}
     if len(texts) < len(ids):
