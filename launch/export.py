@@ -8,7 +8,6 @@ import argparse
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from gptdist.exchange.write_hf import WrittenWeights, bytes_of, write_weights
 from launch.export_gguf import check_gguf_target, export_gguf
 from launch.new_folder import check_free, check_room, new_folder
 from launch.proof import check_can_prove, choose_probes, prove
-from launch.stored import checkpoint_paths, stored_config, stored_tokenizer
+from launch.stored import checkpoint_paths, stored_config, stored_tokenizer, versions_of
 
 _ROOM_FOR_THE_REST = 64 << 20  # settings, tokenizer, card
 _SHOWN_SECTIONS = ("model", "optimizer", "schedule", "train", "parallel")
@@ -115,7 +114,7 @@ def build_card(
         "format": "gptdist-conformance",
         "version": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gptdist": metadata.version("gptdist"),
+        "versions": versions_of("gptdist", "numpy"),
         "architecture": exported_dialect(config.model).kind,
         "dtype": dtype,
         "checkpoint": {

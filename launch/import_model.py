@@ -7,7 +7,6 @@ import argparse
 import hashlib
 import json
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gptdist.exchange.import_hf import import_weights
 from gptdist.exchange.read_hf import CONFIG, HuggingFaceSource
 from gptdist.model.parameters import parameter_count
 from launch.new_folder import check_free, new_folder
-from launch.stored import TOKENIZER_FILE
+from launch.stored import TOKENIZER_FILE, versions_of
 
 STEP_FOLDER = Path("checkpoints") / "step-00000000"
 
@@ -90,7 +89,7 @@ def _state(source: HuggingFaceSource, tokenizer: CorpusTokenizer, out: Path) -> 
         "layout": "imported",
         "data": {"tokenizer": tokenizer.sha256, "end_of_text": tokenizer.end_of_text},
         "config": resolved_dict(config),
-        "versions": {"gptdist": metadata.version("gptdist")},
+        "versions": versions_of("gptdist"),
         "imported_from": {
             "folder": source.path.absolute().name,
             "model_type": source.dialect.kind,

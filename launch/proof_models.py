@@ -15,6 +15,7 @@ from gptdist.config.sections import RunConfig
 from gptdist.errors import ExchangeError
 from gptdist.exchange.conformance import kept_positions
 from gptdist.exchange.numbers import rounded
+from launch.stored import versions_of
 
 
 def ours(checkpoint: Path, config: RunConfig, dtype: str, tokens: Path, out: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def ours(checkpoint: Path, config: RunConfig, dtype: str, tokens: Path, out: Pat
             engine.close()
     finally:
         leave()
-    return {"about": _about("torch", "megatron-core") | {"device": _device_name(device)}}
+    return {"about": versions_of("torch", "megatron-core") | {"device": _device_name(device)}}
 
 
 def theirs(folder: Path, tokens: Path, texts: list[str], out: Path) -> dict[str, Any]:
@@ -81,18 +82,12 @@ def theirs(folder: Path, tokens: Path, texts: list[str], out: Path) -> dict[str,
     if texts:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         ids = {text: list(tokenizer(text)["input_ids"]) for text in texts}
-    about = _about("torch", "transformers", "tokenizers") | {"device": _device_name(device)}
+    about: dict[str, Any] = versions_of("torch", "transformers", "tokenizers") | {"device": _device_name(device)}
     return {"about": about | {"architecture": type(model).__name__}, "ids": ids}
 
 
 def _is_tied(model: Any) -> bool:
     return bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-
-
-def _about(*packages: str) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in packages}
 
 
 def _device_name(device: str) -> str:

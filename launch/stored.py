@@ -4,6 +4,7 @@ Knows a run's folder and a checkpoint's run state. Loads no weights.
 """
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -80,6 +81,17 @@ def stored_tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> C
         f"the tokenizer that {checkpoint.path} was trained with (sha256 {wanted[:12]}...) is in none of "
         f"{', '.join(without_secrets(str(place)) for place in dict.fromkeys(places))}. Put its file there."
     )
+
+
+def versions_of(*packages: str) -> dict[str, str | None]:
+    """What is installed here; None for what is not, or is run from its sources."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _tokenizer_places(path: Path, checkpoint: Checkpoint, config: RunConfig) -> Iterator[Path | str]:
