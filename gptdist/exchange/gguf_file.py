@@ -34,14 +34,17 @@ _PIECE = 1 << 22  # numbers converted at a time
 def encode(rows: np.ndarray, dtype: str) -> np.ndarray:
     """fp32 [..., width] in `dtype`, as a file holds it: fp32 and fp16 as such, bf16 and q8_0 as bytes.
 
-    Raises ExchangeError where a finite number becomes an infinite one.
+    Raises ExchangeError for numbers that are not finite, or that would not be.
     """
     kind = _TYPES[dtype][0]
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below; and blocks of all but nothing become 0
         stored: np.ndarray = gguf.quantize(np.ascontiguousarray(rows, dtype=np.float32), kind)
-    if dtype != "fp32" and not np.isfinite(_largest(stored, dtype)) and np.isfinite(rows).all():
+    if not np.isfinite(_largest(stored, dtype)):
+        largest = np.abs(rows).max()
+        if not np.isfinite(largest):
+            raise ExchangeError("its numbers are not all finite: this checkpoint is of a run that diverged")
         raise ExchangeError(
-            f"its largest number is {np.abs(rows).max():g}, which {dtype} cannot hold. Export with --dtype fp32 or bf16"
+            f"its largest number is {largest:g}, which {dtype} cannot hold. Export with --dtype fp32 or bf16"
         )
     return stored
 
@@ -143,6 +146,12 @@ class GgufFile:
 
     def dtype(self, name: str) -> str:
         return self._dtypes[self._tensors[name].tensor_type]
+
+    def data_ranges(self) -> list[tuple[int, int]]:
+        """Where in the file each tensor's numbers are, in bytes."""
+        return [
+            (int(tensor.data_offset), int(tensor.data_offset + tensor.n_bytes)) for tensor in self._tensors.values()
+        ]
 
     def field(self, key: str) -> Any:
         """A metadata value; None where there is none."""

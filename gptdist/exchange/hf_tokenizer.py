@@ -53,7 +53,7 @@ def imported_tokenizer(content: bytes, where: str, end_of_text: int | None) -> C
 
 
 def bytes_tokenizer_json() -> bytes:
-    """A byte-level BPE without merges whose ids are the bytes: what the tokenizer `bytes` is, in Hugging Face's words."""
+    """A byte-level BPE without merges whose ids are the bytes: the tokenizer `bytes` in Hugging Face's words."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     end = {"id": 256, "content": _END_OF_TEXT, "special": True, "normalized": False}
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
