@@ -233,11 +233,25 @@ def _add_export(parser: Parser, commands: Any) -> None:
     )
     export.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
     export.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder; must not exist, or be empty"
+        "--out", type=Path, required=True, metavar="DIR", help="the folder, new or empty; of gguf the file, new"
     )
-    export.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face's (default)")
     export.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default: fp32)"
+        "--format",
+        choices=("hf", "gguf"),
+        default="hf",
+        help="hf: a folder as Hugging Face's (default); gguf: a file for llama.cpp",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "q8_0"),
+        default="fp32",
+        help="of the weights (default: fp32); q8_0, of gguf alone: 8 bits, the perplexity measured",
+    )
+    export.add_argument(
+        "--corpus", type=_corpus, metavar="CORPUS", help="q8_0: held-out text to measure on (default: the run's)"
+    )
+    export.add_argument(
+        "--samples", type=_positive, metavar="N", help="q8_0: held-out windows (default: train.eval_samples)"
     )
     export.add_argument(
         "--max-shard-size", type=_bytes, default=5_000_000_000, metavar="SIZE", help="of one file (default: 5GB)"

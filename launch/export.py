@@ -6,6 +6,7 @@ left. Loads no torch: the proof runs in processes of its own.
 
 import argparse
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from gptdist.checkpoint.read import Checkpoint
 from gptdist.config.sections import RunConfig
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
-from gptdist.errors import EXIT_DONE, CheckpointError, NoGoodCheckpoint
+from gptdist.errors import EXIT_DONE, CheckpointError, ExchangeError, NoGoodCheckpoint
 from gptdist.exchange.architecture import exported_dialect, hf_config
 from gptdist.exchange.conformance import CARD
 from gptdist.exchange.hf_tokenizer import tokenizer_files
 from gptdist.exchange.numbers import TORCH_NAMES
 from gptdist.exchange.read_hf import CONFIG
 from gptdist.exchange.write_hf import WrittenWeights, bytes_of, write_weights
+from launch.export_gguf import check_gguf_target, export_gguf
 from launch.new_folder import check_free, check_room, new_folder
 from launch.proof import check_can_prove, choose_probes, prove
 from launch.stored import checkpoint_paths, stored_config, stored_tokenizer, versions_of
@@ -31,15 +33,18 @@ _SHOWN_SECTIONS = ("model", "optimizer", "schedule", "train", "parallel")
 
 def main(args: argparse.Namespace) -> int:
     """Export, falling back to older checkpoints where the newest are damaged."""
-    if args.proof:
-        check_can_prove()
-    check_free(args.out)
+    if args.format == "gguf":
+        check_gguf_target(args)
+        export_one: Callable[[Checkpoint, argparse.Namespace], None] = export_gguf
+    else:
+        _check_hf_target(args)
+        export_one = _export
     skipped: list[str] = []
     paths = checkpoint_paths(args.path)
     for path in paths:
         try:
             with Checkpoint.open(path, verify=False, trust_others=args.trust_others) as checkpoint:
-                _export(checkpoint, args)
+                export_one(checkpoint, args)
             return EXIT_DONE
         except CheckpointError as error:
             if len(paths) == 1:
@@ -48,6 +53,17 @@ def main(args: argparse.Namespace) -> int:
             skipped.append(f"{path.name}: {error}")
     reasons = "".join(f"\n  {reason}" for reason in skipped)
     raise NoGoodCheckpoint(f"{args.path} has {len(skipped)} checkpoint(s), but none of them can be exported:{reasons}")
+
+
+def _check_hf_target(args: argparse.Namespace) -> None:
+    if args.dtype == "q8_0":
+        raise ExchangeError(
+            "--dtype q8_0 is a format of GGUF files alone: no int8 that transformers loads by itself is known. Export "
+            "with --format gguf --dtype q8_0, or with --dtype bf16."
+        )
+    if args.proof:
+        check_can_prove()
+    check_free(args.out)
 
 
 def _export(checkpoint: Checkpoint, args: argparse.Namespace) -> None:

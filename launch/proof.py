@@ -79,8 +79,8 @@ def prove(
         work = Path(name)
         tokens = work / "tokens.json"
         tokens.write_text(json.dumps([probe.tokens.tolist() for probe in probes]))
-        ours = _alone(proof_models.ours, checkpoint, config, dtype, tokens, work / "ours")
-        theirs = _alone(proof_models.theirs, folder, tokens, list(texts), work / "theirs")
+        ours = alone(proof_models.ours, checkpoint, config, dtype, tokens, work / "ours")
+        theirs = alone(proof_models.theirs, folder, tokens, list(texts), work / "theirs")
         agreements = [
             compare(*(np.load(work / who / f"{number}.npy", mmap_mode="r") for who in ("ours", "theirs")))
             for number in range(len(probes))
@@ -123,7 +123,7 @@ def _badness(difference: float) -> float:
     return float("inf") if np.isnan(difference) else difference
 
 
-def _alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """`function(*args)` in a new process, whose memory goes with it."""
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(1, mp_context=context) as pool:

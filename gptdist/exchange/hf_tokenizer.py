@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from gptdist.data.tokenizer import BYTES, CorpusTokenizer
+from gptdist.data.tokenizer import BYTE_LETTERS, BYTES, CorpusTokenizer
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -53,18 +53,12 @@ def imported_tokenizer(content: bytes, where: str, end_of_text: int | None) -> C
 
 
 def bytes_tokenizer_json() -> bytes:
-    """A byte-level BPE without merges whose ids are the bytes: what the tokenizer `bytes` is, in Hugging Face's words.
-
-    Byte-level BPE spells bytes as characters: printable ones of Latin-1 as themselves, the others from 256 on.
-    """
-    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in itself]
-    spelt = {byte: chr(byte if byte in itself else 256 + others.index(byte)) for byte in range(256)}
+    """A byte-level BPE without merges whose ids are the bytes: the tokenizer `bytes` in Hugging Face's words."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     end = {"id": 256, "content": _END_OF_TEXT, "special": True, "normalized": False}
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False}
-    model |= {"byte_fallback": False, "vocab": {spelt[byte]: byte for byte in range(256)}, "merges": []}
+    model |= {"byte_fallback": False, "vocab": {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}, "merges": []}
     fields: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,

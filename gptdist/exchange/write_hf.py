@@ -79,7 +79,7 @@ def write_weights(folder: Path, source: WeightSource, model: ModelConfig, dtype:
     Raises CheckpointError where what was read is not what the checkpoint says it holds; ExchangeError for weights that
     are not finite, or that `dtype` cannot hold; OSError.
     """
-    checked = _Checked(source)
+    checked = CheckedSource(source)
     written = WrittenWeights()
     weight_map = {}
     for shard in plan_shards(model, dtype, max_bytes):
@@ -101,7 +101,7 @@ def write_weights(folder: Path, source: WeightSource, model: ModelConfig, dtype:
 class _Reader:
     """Parts of the tensors of one file, in the order in which they are written."""
 
-    def __init__(self, source: "_Checked", tensors: tuple[HFTensor, ...], dtype: str) -> None:
+    def __init__(self, source: "CheckedSource", tensors: tuple[HFTensor, ...], dtype: str) -> None:
         self._source = source
         self._dtype = dtype
         self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -134,7 +134,7 @@ class _Reader:
         return bits
 
 
-class _Checked:
+class CheckedSource:
     """A source that digests what is read from it; every element is read once."""
 
     def __init__(self, source: WeightSource) -> None:
