@@ -30,6 +30,7 @@ HANDLERS = {
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
     "ckpt list": "launch.ckpt:main",
+    "drill checkpoint": "launch.drill:checkpoint",
     "doctor": "launch.doctor:main",
 }
 
