@@ -1,4 +1,4 @@
-"""`gptdist drill checkpoint`: faults on purpose while checkpoints are saved and to those that are, and a certificate."""
+"""`gptdist drill checkpoint`: faults on purpose while checkpoints are saved, and to those that are; a certificate."""
 
 import argparse
 import json

@@ -7,7 +7,8 @@ to the other. What was damaged is mended again, and must then load: so that it w
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from gptdist.checkpoint.folder import step_folders
@@ -16,7 +17,8 @@ from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.errors import CheckpointError
 from launch.drills.certificate import Finding
 
-Mend = Callable[[], None]
+Strike = tuple[str, Callable[[], None]]
+"""The file that was struck, and what mends it."""
 
 
 def damage(checkpoints_dir: Path, flips: int, truncations: int, seed: int) -> Iterator[Finding]:
@@ -26,28 +28,25 @@ def damage(checkpoints_dir: Path, flips: int, truncations: int, seed: int) -> It
     files = sorted(path for path in newest.iterdir() if path.name == MANIFEST or path.suffix == ".safetensors")
     tensors = [path for path in files if path.name != MANIFEST]
 
-    def flip() -> tuple[str, Mend]:
+    def flip() -> Strike:
         path = draw.choice(files)
-        return path.name, _flip(path, draw.randrange(8 * path.stat().st_size))
+        return _flip(path, draw.randrange(8 * path.stat().st_size))
 
-    def truncate() -> tuple[str, Mend]:
+    def truncate() -> Strike:
         path = draw.choice(files)
-        return path.name, _truncate(path, draw.randrange(path.stat().st_size))
+        return _truncate(path, draw.randrange(path.stat().st_size))
 
     yield _tried(checkpoints_dir, "one flipped bit", [flip] * flips)
     yield _tried(checkpoints_dir, "a truncated file", [truncate] * truncations)
-    yield _tried(checkpoints_dir, "a deleted file", [lambda path=path: (path.name, _delete(path)) for path in files])
-    yield _tried(checkpoints_dir, "two files swapped", [lambda: (tensors[0].name, _swap(tensors[0], tensors[1]))])
+    yield _tried(checkpoints_dir, "a deleted file", [partial(_delete, path) for path in files])
+    yield _tried(checkpoints_dir, "two files swapped", [partial(_swap, tensors[0], tensors[1])])
     older = step_folders(checkpoints_dir)[1]
-    yield _tried(
-        checkpoints_dir,
-        "a file of another checkpoint",
-        [lambda path=path: (path.name, _replace(path, older / path.name)) for path in files],
-    )
-    yield _tried(checkpoints_dir, "a file that became a link", [lambda: (tensors[0].name, _link(tensors[0]))])
+    others = [partial(_replace, path, older / path.name) for path in files]
+    yield _tried(checkpoints_dir, "a file of another checkpoint", others)
+    yield _tried(checkpoints_dir, "a file that became a link", [partial(_link, tensors[0])])
 
 
-def _tried(checkpoints_dir: Path, fault: str, strikes: list[Callable[[], tuple[str, Mend]]]) -> Finding:
+def _tried(checkpoints_dir: Path, fault: str, strikes: Sequence[Callable[[], Strike]]) -> Finding:
     """Strike, look, mend; once each."""
     started = time.perf_counter()
     noticed, problem = "", None
@@ -85,7 +84,7 @@ def _looked_at(checkpoints_dir: Path, name: str, *, fall_back: bool) -> tuple[st
     return said, None
 
 
-def _flip(path: Path, bit: int) -> Mend:
+def _flip(path: Path, bit: int) -> Strike:
     def turn() -> None:
         with path.open("r+b") as file:
             file.seek(bit // 8)
@@ -94,22 +93,22 @@ def _flip(path: Path, bit: int) -> Mend:
             file.write(bytes([byte ^ 1 << bit % 8]))
 
     turn()
-    return turn
+    return path.name, turn
 
 
-def _truncate(path: Path, length: int) -> Mend:
+def _truncate(path: Path, length: int) -> Strike:
     content = path.read_bytes()
     path.write_bytes(content[:length])
-    return lambda: _put(path, content)
+    return path.name, partial(_put, path, content)
 
 
-def _delete(path: Path) -> Mend:
+def _delete(path: Path) -> Strike:
     content = path.read_bytes()
     path.unlink()
-    return lambda: _put(path, content)
+    return path.name, partial(_put, path, content)
 
 
-def _swap(first: Path, second: Path) -> Mend:
+def _swap(first: Path, second: Path) -> Strike:
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
@@ -118,16 +117,16 @@ def _swap(first: Path, second: Path) -> Mend:
         _put(first, contents[0])
         _put(second, contents[1])
 
-    return mend
+    return first.name, mend
 
 
-def _replace(path: Path, other: Path) -> Mend:
+def _replace(path: Path, other: Path) -> Strike:
     content = path.read_bytes()
     shutil.copyfile(other, path)
-    return lambda: _put(path, content)
+    return path.name, partial(_put, path, content)
 
 
-def _link(path: Path) -> Mend:
+def _link(path: Path) -> Strike:
     aside = path.parent.parent / f"aside-{path.name}"
     path.rename(aside)
     path.symlink_to(aside)
@@ -136,7 +135,7 @@ def _link(path: Path) -> Mend:
         path.unlink()
         aside.rename(path)
 
-    return mend
+    return path.name, mend
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -8,7 +8,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from gptdist.checkpoint.folder import step_folders
@@ -35,7 +36,7 @@ def kill_in_each_phase(ranks: int, work_dir: Path) -> Iterator[Finding]:
                 continue  # rank 0 alone renames
             with _fresh(work_dir) as folder:
                 yield _finding(
-                    f"kill -9 of rank {rank} in phase {phase}", lambda: _kill_once(folder, ranks, rank, phase)
+                    f"kill -9 of rank {rank} in phase {phase}", partial(_kill_once, folder, ranks, rank, phase)
                 )
 
 
@@ -94,10 +95,10 @@ def slow_rank(ranks: int, work_dir: Path) -> Finding:
 
 def disk_faults(ranks: int, work_dir: Path) -> Iterator[Finding]:
     """A disk with no room for the save, one that fills up during it, one that becomes read-only."""
-    faults: dict[str, Callable[[SmallDisk], str]] = {
-        "a disk without room for the save": lambda disk: _no_room(disk, ranks),
-        "a disk that fills up while ranks write": lambda disk: _fills_up(disk, ranks),
-        "a folder that became read-only": lambda disk: _read_only(disk, ranks),
+    faults: dict[str, Callable[[SmallDisk, int], str]] = {
+        "a disk without room for the save": _no_room,
+        "a disk that fills up while ranks write": _fills_up,
+        "a folder that became read-only": _read_only,
     }
     impossible = small_disk_problem()
     for fault, run in faults.items():
@@ -105,7 +106,7 @@ def disk_faults(ranks: int, work_dir: Path) -> Iterator[Finding]:
             yield Finding(fault, skipped=impossible)
             continue
         with _fresh(work_dir) as folder, SmallDisk(folder / "disk", SMALL_DISK_BYTES) as disk:
-            yield _finding(fault, lambda run=run, disk=disk: run(disk))  # type: ignore[misc]
+            yield _finding(fault, partial(run, disk, ranks))
 
 
 class _Unexpected(Exception):
@@ -244,7 +245,7 @@ def _line_with(text: str, *words: str) -> str:
 
 @contextmanager
 def _fresh(work_dir: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=work_dir, prefix="drill-") as folder, ExitStack():
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix="drill-") as folder:
         yield Path(folder)
 
 
