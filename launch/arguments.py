@@ -7,6 +7,7 @@ import argparse
 import difflib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,6 +65,7 @@ def build_parser() -> Parser:
     _add_export(parser, commands)
     _add_import(parser, commands)
     _add_ckpt(parser, commands)
+    _add_drill(parser, commands)
     _add(parser, commands, "doctor", "what this machine has, and what that means for training")
     return parser
 
@@ -299,6 +301,25 @@ def _add_ckpt(parser: Parser, commands: Any) -> None:
     )
     for command in (listing, verify, diff, reshard, average, copying):
         command.add_argument("--trust-others", action="store_true", help="also take what other users own or may write")
+
+
+def _add_drill(parser: Parser, commands: Any) -> None:
+    drill = _add(parser, commands, "drill", "faults on purpose, and what came of them: checkpoint")
+    checkpoint = _add(
+        drill,
+        drill.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
+        "checkpoint",
+        "kill, starve and damage saves and checkpoints",
+    )
+    checkpoint.add_argument("--ranks", type=_positive, default=2, metavar="N", help="ranks that save (default: 2)")
+    checkpoint.add_argument("--kills", type=_positive, default=100, metavar="N", help="kills at random moments")
+    checkpoint.add_argument("--flips", type=_positive, default=200, metavar="N", help="flipped bits")
+    checkpoint.add_argument("--truncations", type=_positive, default=60, metavar="N", help="truncated files")
+    checkpoint.add_argument("--seed", type=int, default=1234, metavar="N", help="of moments and places")
+    checkpoint.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where (default: temporary)"
+    )
+    checkpoint.add_argument("--out", type=Path, metavar="FILE", help="also write the certificate as JSON")
 
 
 def _add(parent: Parser, commands: Any, name: str, summary: str) -> Parser:
