@@ -169,7 +169,7 @@ def _write_all(
     on_phase: OnPhase,
     on_written: Callable[[], None],
 ) -> list[Any]:
-    """Every rank's [file name, bytes, sha256, digests, seconds]; None for one that holds nothing, and writes no file."""
+    """Every rank's [file name, bytes, sha256, digests, seconds]; None for one that holds nothing and writes no file."""
     # None of the three may be left early by one rank: `on_written` lets training go on, and that must be all ranks'.
     entry: list[Any] | None = None
     name = f"rank-{comms.world.global_rank:05d}.safetensors"
