@@ -1,5 +1,4 @@
-"""Exports and imports against transformers itself: logits, 200 greedy tokens, perplexity; and the proof refuses what is
-broken by hand.
+"""Exports and imports against transformers itself: logits, 200 greedy tokens, perplexity; a broken export is refused.
 
 Our model runs in a rank, transformers here. Shapes are odd on purpose: a vocabulary that is no multiple of 64, groups
 of key/value heads, biases that one side has and the other has not.
