@@ -4,11 +4,15 @@ Reads, prints and marks; loads no torch.
 """
 
 import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gptdist.checkpoint.folder import step_folders
 from gptdist.checkpoint.listing import CheckpointSummary, list_checkpoints, summarize
@@ -17,7 +21,8 @@ from gptdist.checkpoint.verify import Verdict, verify_checkpoint
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, CheckpointError
 from gptdist.monitor.console import render_bytes, render_duration
 
-_COLUMNS = {
+_WIDE = 10_000
+_COLUMNS: dict[str, Literal["left", "right"]] = {
     "step": "right",
     "tokens": "right",
     "loss": "right",
@@ -32,17 +37,14 @@ _COLUMNS = {
 def list_all(args: argparse.Namespace) -> int:
     """Print a table, newest first; sizes are checked, contents are not hashed."""
     folder = _checkpoints_dir(args.path)
-    table = Table(box=None, pad_edge=False)
-    for title, side in _COLUMNS.items():
-        # What is wrong may wrap; the rest must be readable at a glance, and whole where output goes to a file.
-        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=title != "state")
     if is_checkpoint(args.path):
         summaries = [summarize(args.path, verify=False, trust_others=args.trust_others)]
     else:
         summaries = list_checkpoints(folder, trust_others=args.trust_others)
-    for summary in summaries:
-        table.add_row(*_row(summary))
-    Console().print(table if summaries else f"no checkpoints in {folder}")
+    if summaries:
+        print_table(_COLUMNS, [_row(summary) for summary in summaries])
+    else:
+        print(f"no checkpoints in {folder}")
     return EXIT_DONE
 
 
@@ -65,6 +67,17 @@ def verify(args: argparse.Namespace) -> int:
     if len(paths) > 1:
         print(f"{len(paths) - bad} of {len(paths)} are good", flush=True)
     return EXIT_FAILED if bad else EXIT_DONE
+
+
+def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Iterable[Sequence[str]]) -> None:
+    """A table as wide as the terminal; as wide as need be where output goes elsewhere. Only the last column wraps."""
+    table = Table(box=None, pad_edge=False)
+    for title, side in columns.items():
+        table.add_column(title, justify=side, no_wrap=title != list(columns)[-1])
+    for row in rows:
+        # As it is: no markup in it, and nothing that a terminal would obey.
+        table.add_row(*(Text(cell if cell.isprintable() else ascii(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def _checkpoints_dir(path: Path) -> Path:

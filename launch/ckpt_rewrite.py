@@ -7,19 +7,25 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import Literal
 
 from gptdist.checkpoint.average import average
-from gptdist.checkpoint.compare import Comparison, compare
+from gptdist.checkpoint.compare import Comparison, TensorDifference, compare
 from gptdist.checkpoint.manifest import Manifest
 from gptdist.checkpoint.read import Checkpoint, is_checkpoint, open_newest
 from gptdist.checkpoint.rewrite import reshard
 from gptdist.errors import EXIT_DONE, EXIT_FAILED
 from gptdist.monitor.console import render_bytes
+from launch.ckpt import print_table
 
 _ROWS = 40
+_COLUMNS: dict[str, Literal["left", "right"]] = {
+    "tensor": "left",
+    "elements": "right",
+    "max difference": "right",
+    "relative": "right",
+    "": "left",
+}
 
 
 def reshard_one(args: argparse.Namespace) -> int:
@@ -68,22 +74,18 @@ def _describe(path: Path, manifest: Manifest) -> str:
 def _print_tensors(comparison: Comparison, most: int | None) -> None:
     if not comparison.tensors:
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tensor", no_wrap=True)
-    for title in ("elements", "max difference", "relative"):
-        table.add_column(title, justify="right", no_wrap=True)
     # The worst first, where not all are shown.
     worst = sorted(comparison.tensors, key=lambda found: (found.problem is None, -found.relative))
-    for found in sorted(worst[:most], key=lambda found: found.name):
-        if found.problem is not None:
-            table.add_row(found.name, found.problem, "", "")
-        else:
-            table.add_row(
-                found.name, f"{found.elements:,} of {found.size:,}", f"{found.largest:.3g}", f"{found.relative:.3g}"
-            )
-    Console(soft_wrap=True).print(table)
+    shown = sorted(worst[:most], key=lambda found: found.name)
+    print_table(_COLUMNS, [_row(found) for found in shown])
     if len(worst) > len(worst[:most]):
         print(f"... and {len(worst) - len(worst[:most])} less different (--all shows them)")
+
+
+def _row(found: TensorDifference) -> list[str]:
+    if found.problem is not None:
+        return [found.name, "-", "-", "-", found.problem]
+    return [found.name, f"{found.elements:,} of {found.size:,}", f"{found.largest:.3g}", f"{found.relative:.3g}", ""]
 
 
 def _print_state(comparison: Comparison) -> None:

@@ -24,9 +24,11 @@ from gptdist.comms import Comms
 from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.world import World
 
+_OPEN_FILES = 128  # a process may have open 1024 by default, and a checkpoint may have more files than that
+
 
 class Checkpoint:
-    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`. Threads may share it."""
+    """An open checkpoint. Its files are opened as they are needed. Threads may share it."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Use `Checkpoint.open`."""
@@ -121,7 +123,7 @@ class Checkpoint:
         return out
 
     def close(self) -> None:
-        """Unmap all files. Arrays read before stay valid."""
+        """Close all files. Arrays read before stay valid."""
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -152,13 +154,17 @@ class Checkpoint:
 
     def _file(self, name: str) -> TensorFile:
         with self._opening:
-            file = self._files.get(name)
+            file = self._files.pop(name, None)
             if file is None:
                 # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
                 problem = file_problem(self.path / name, self.manifest.files[name].bytes, None)
                 if problem:
                     raise CheckpointError(problem)
-                file = self._files[name] = TensorFile(self.path / name)
+                file = TensorFile(self.path / name)
+                if len(self._files) >= _OPEN_FILES:
+                    # The one not used for longest. It closes by itself, once no other thread reads from it.
+                    del self._files[next(iter(self._files))]
+            self._files[name] = file
             return file
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 
 from gptdist.checkpoint.digest import add_digests, partial_digest
 from gptdist.checkpoint.fragment import DTYPES, FragmentPlace, HostFragment, numpy_dtype
-from gptdist.checkpoint.logical import Box, cut_in_order
+from gptdist.checkpoint.logical import Box, cut_in_order, flat_start
 
 _CHUNK_BYTES = 4 << 20
 _CHUNKS_AHEAD = 4  # written, but not yet hashed
-_MAPPED_BYTES = 32 << 20  # about how much of a mapped file counts as memory of this process
+_MAPPED_BYTES = 8 << 20  # about how much of a mapped file counts as memory of this process
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 _NAMES = {stored: name for name, stored in DTYPES.items()}
 _METADATA = "__metadata__"
@@ -132,15 +133,20 @@ class _Entry:
 
 
 class TensorFile:
-    """An open safetensors file. What it says about itself is believed only as far as its size allows."""
+    """An open safetensors file: what lies together is read, strided parts are copied out of a memory map.
+
+    What it says about itself is believed only as far as its size allows. Threads may share it.
+    """
+
+    _descriptor = -1
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError or OSError where it is no safetensors file."""
+        self._map: mmap.mmap | None = None
         self._mapped_bytes = 0  # read through the map since it was last let go
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            self._entries, self._metadata = _read_header(self._map)
+            self._entries, self._metadata = _read_header(self._descriptor)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a safetensors file: {error}") from None
 
@@ -169,20 +175,42 @@ class TensorFile:
             )
         if not out.size:
             return
-        kind = numpy_dtype(dtype)
-        stored = np.frombuffer(self._map, kind, fragment.size, entry.start).reshape(fragment.shape)
-        for part in cut_in_order(wanted, max(1, _MAPPED_BYTES // kind.itemsize)):
-            out[part.slices(wanted.start)] = stored[part.slices(fragment.start)]
-            self._mapped_bytes += part.size * kind.itemsize
+        start = flat_start(fragment, wanted)
+        if start is not None and out.flags.c_contiguous:
+            self._read(out.reshape(-1).view(np.uint8).data, entry.start + start * out.itemsize)
+        else:
+            self._copy_mapped(out, entry, wanted.slices(fragment.start))
+
+    def _read(self, out: memoryview, offset: int) -> None:
+        while out:
+            count = os.preadv(self._descriptor, [out], offset)
+            if not count:
+                raise ValueError("the file became shorter while it was read")
+            out, offset = out[count:], offset + count
+
+    def _copy_mapped(self, out: np.ndarray, entry: _Entry, place: tuple[slice, ...]) -> None:
+        if self._map is None:
+            self._map = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+        stored = np.frombuffer(self._map, out.dtype, prod(entry.shape), entry.start).reshape(entry.shape)[place]
+        for box in cut_in_order(Box.whole(out.shape), max(1, _MAPPED_BYTES // out.itemsize)):
+            out[box.slices()] = stored[box.slices()]
+            self._mapped_bytes += box.size * out.itemsize
             if self._mapped_bytes >= _MAPPED_BYTES:
                 # What was mapped once would else count as this process's memory for good.
                 self._map.madvise(mmap.MADV_DONTNEED)
                 self._mapped_bytes = 0
 
     def close(self) -> None:
-        """Let go of the memory map."""
-        with suppress(BufferError):  # an error on its way up still holds an array over it
-            self._map.close()
+        """Let go of the file. Also what happens to one that nobody holds any more."""
+        if self._descriptor < 0:
+            return
+        if self._map is not None:
+            with suppress(BufferError):  # an error on its way up still holds an array over it
+                self._map.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    __del__ = close
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -191,13 +219,13 @@ class TensorFile:
         self.close()
 
 
-def _read_header(content: mmap.mmap) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _read_header(descriptor: int) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Raises ValueError and what wrong JSON leads to."""
-    size = len(content)
-    length = int.from_bytes(content[:8], "little")
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
         raise ValueError("its header is longer than the file, or than any header may be")
-    table = json.loads(content[8 : 8 + length])
+    table = json.loads(os.pread(descriptor, length, 8))
     metadata = table.pop(_METADATA, {})
     entries = {}
     for key, value in table.items():

@@ -123,6 +123,37 @@ def test_what_comes_after(finished: Path, commands: Commands) -> None:
     assert commands.run("generate", last, *words).expect(0).out == texts[0]
 
 
+def test_a_resharded_checkpoint_is_resumed_as_if_it_were_the_old_one(
+    finished: Path, commands: Commands, tmp_path: Path
+) -> None:
+    untouched, resharded = tmp_path / "untouched", tmp_path / "resharded"
+    shutil.copytree(finished, untouched)
+    newest = checkpoint_names(finished)[-1]
+    source = finished / "checkpoints" / newest
+    commands.run("ckpt", "reshard", source, resharded / "checkpoints" / newest, "--ranks", 5).expect(0)
+    for run_dir in (untouched, resharded):
+        words = (finished / "config.yaml", f"launch.run_dir={run_dir}", "train.steps=11")
+        assert "step 10" in commands.run("train", *words).expect(0).out
+    assert open_last(resharded).step == 11
+    said = commands.run("ckpt", "diff", untouched, resharded).expect(0).out
+    assert "tensors are equal, the run's state is equal" in said
+
+
+def test_an_average_is_evaluated_and_generates_but_is_not_resumed(
+    finished: Path, commands: Commands, tmp_path: Path
+) -> None:
+    names = checkpoint_names(finished)
+    sources = [finished / "checkpoints" / name for name in names]
+    mean = tmp_path / "run" / "checkpoints" / names[-1]
+    commands.run("ckpt", "average", *sources, "--out", mean).expect(0)
+    assert "nats per token" in commands.run("eval", mean, "--samples", "8").expect(0).out
+    commands.run("generate", mean, "--tokens", "4").expect(0)
+    before = tree(tmp_path / "run")
+    again = commands.run("train", finished / "config.yaml", f"launch.run_dir={tmp_path / 'run'}", "train.steps=12")
+    again.one_error("cannot be resumed: it is the mean of the weights of 3 checkpoints", "checkpoint.start_from")
+    assert tree(tmp_path / "run") == before
+
+
 def test_steps_added_later_go_on(finished: Path, commands: Commands, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
