@@ -1,5 +1,4 @@
-"""Exports and imports against transformers itself: logits, 200 greedy tokens, perplexity; and the proof refuses what is
-broken by hand.
+"""Exports and imports against transformers itself: logits, 200 greedy tokens, perplexity; a broken export is refused.
 
 Our model runs in a rank, transformers here. Shapes are odd on purpose: a vocabulary that is no multiple of 64, groups
 of key/value heads, biases that one side has and the other has not.
@@ -87,50 +86,50 @@ def run_command(handler: Any, *words: object) -> None:
     handler(parse_arguments([str(word) for word in words]))
 
 
-def in_engine(world: World, checkpoint: Path, model: ModelConfig, tokens: Tensor, prompt: list[int]) -> Any:
-    """Logits of `tokens` but the last column, their loss, and 200 greedy tokens after `prompt`."""
+def in_engine(world: World, checkpoint: Path, model: ModelConfig, tokens: Tensor, prompt: list[int], more: int) -> Any:
+    """Logits of `tokens` but the last column, their loss, and `more` greedy tokens after `prompt`."""
     engine = InferenceEngine(model, TrainConfig(), Layout(), world)
     try:
         with Checkpoint.open(checkpoint, verify=True) as opened:
             engine.load_weights(TensorSource(opened))
         loss = engine.evaluate([(tokens, torch.ones(len(tokens)))]).loss
-        greedy = generate(engine, Comms(World()), prompt, 200, temperature=0)
+        greedy = generate(engine, Comms(World()), prompt, more, temperature=0)
         return engine.logits(tokens[:, :-1]).numpy(), loss, greedy
     finally:
         engine.close()
 
 
 @torch.no_grad()
-def in_transformers(folder: Path, tokens: Tensor, prompt: list[int]) -> tuple[Tensor, float, list[int]]:
+def in_transformers(folder: Path, tokens: Tensor, prompt: list[int], more: int) -> tuple[Tensor, float, list[int]]:
     """The same of a folder; text is generated with transformers' own cache of keys and values."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     logits = model(tokens[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
     given = torch.tensor([prompt])
     out = model.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=200, do_sample=False, eos_token_id=None,
+        given, attention_mask=torch.ones_like(given), max_new_tokens=more, do_sample=False, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
     return logits, loss, out[0, len(prompt) :].tolist()
 
 
-def agree(pool: RankPool, checkpoint: Path, model: ModelConfig, folder: Path) -> None:
+def agree(pool: RankPool, checkpoint: Path, model: ModelConfig, folder: Path, more: int) -> None:
     tokens = text(LENGTH + 1)[:3]
     prompt = tokens[0, :20].tolist()
-    (ours,) = pool.run(in_engine, 1, checkpoint, model, tokens, prompt)
-    logits, loss, greedy = in_transformers(folder, tokens, prompt)
+    (ours,) = pool.run(in_engine, 1, checkpoint, model, tokens, prompt, more)
+    logits, loss, greedy = in_transformers(folder, tokens, prompt, more)
     assert logits.std() > 0.1, "logits that are all alike would prove nothing"
     assert (torch.from_numpy(ours[0]) - logits).abs().max() <= BOUND
     assert f"{math.exp(ours[1]):.4g}" == f"{math.exp(loss):.4g}"
     assert ours[2] == greedy
-    assert len(greedy) == 200
+    assert len(greedy) == more
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_export_computes_the_same(pool: RankPool, tmp_path: Path, name: str) -> None:
     step = write_run(tmp_path / "run", MODELS[name])
     run_command(export.main, "export", step, "--out", tmp_path / "hf", "--no-proof", "--max-shard-size", "40KB")
-    agree(pool, step, MODELS[name], tmp_path / "hf")
+    agree(pool, step, MODELS[name], tmp_path / "hf", 200)
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -140,7 +139,7 @@ def test_an_import_computes_the_same(pool: RankPool, tmp_path: Path, name: str) 
     step = tmp_path / "run" / "checkpoints" / "step-00000000"
     with Checkpoint.open(step, verify=False) as opened:
         model = ModelConfig.model_validate(opened.state["config"]["model"])
-    agree(pool, step, model, tmp_path / "hf")
+    agree(pool, step, model, tmp_path / "hf", 32)
 
 
 def test_theirs_out_and_in_again_is_bitwise(tmp_path: Path) -> None:
