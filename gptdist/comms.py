@@ -7,17 +7,20 @@ everything here is the identity and needs no process group. Tensors of training 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from gptdist import errors
 from gptdist.world import World
 
+if TYPE_CHECKING:  # with one rank nothing of torch is needed, and tools of one rank start without it
+    import torch.distributed as dist
+
 
 class Comms:
     """The control channel of one run. Every method but `is_first` must be called by all ranks, in the same order."""
+
+    is_broken = False
+    """Set once a message has failed: another rank is gone or too late, and nothing that follows can be believed."""
 
     def __init__(self, world: World, group: "dist.ProcessGroup | None" = None) -> None:
         """`group`: a gloo group of all ranks; None with one rank."""
@@ -34,6 +37,13 @@ class Comms:
         """Every rank's `value` (anything JSON holds), indexed by global rank, on every rank."""
         if self.world.world_size == 1:
             return [value]
+        with self._noting_breaks():
+            return self._gather(value)
+
+    def _gather(self, value: Any) -> list[Any]:
+        import torch
+        import torch.distributed as dist
+
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.world_size)]
         dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self._group)
@@ -51,7 +61,18 @@ class Comms:
     def barrier(self) -> None:
         """Returns once every rank is here."""
         if self.world.world_size > 1:
-            dist.barrier(group=self._group)
+            import torch.distributed as dist
+
+            with self._noting_breaks():
+                dist.barrier(group=self._group)
+
+    @contextmanager
+    def _noting_breaks(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.is_broken = True
+            raise
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set."""

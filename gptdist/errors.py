@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class NoGoodCheckpoint(GptdistError):
+    """There are checkpoints, but not one of them is good; the message lists them."""
+
+
 class LaunchError(UserError):
     """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
 

@@ -60,14 +60,7 @@ def build_parser() -> Parser:
     _add_data(parser, commands)
     _add_generate(parser, commands)
     _add_eval(parser, commands)
-    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list")
-    listing = _add(
-        checkpoints,
-        checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
-        "list",
-        "the checkpoints, one a line",
-    )
-    listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
+    _add_ckpt(parser, commands)
     _add(parser, commands, "doctor", "what this machine has, and what that means for training")
     return parser
 
@@ -195,6 +188,33 @@ def _add_eval(parser: Parser, commands: Any) -> None:
         "--corpus", type=_corpus, metavar="CORPUS", help="folder or URL (default: the one it was trained on)"
     )
     evaluate.add_argument("--samples", type=_positive, metavar="N", help="held-out windows (default: all)")
+
+
+def _add_ckpt(parser: Parser, commands: Any) -> None:
+    checkpoints = _add(parser, commands, "ckpt", "checkpoints: list, verify, diff, reshard, average, copy")
+    subcommands = checkpoints.add_subparsers(metavar="COMMAND", required=True, dest="second_word")
+    listing = _add(checkpoints, subcommands, "list", "the checkpoints, one a line")
+    listing.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINTS_DIR")
+    verify = _add(checkpoints, subcommands, "verify", "check every byte of a checkpoint, or of all in a folder")
+    verify.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
+    diff = _add(checkpoints, subcommands, "diff", "which tensors and run state differ; exit 1 where any do")
+    diff.add_argument("one", type=Path, metavar="A", help="checkpoint, or a folder whose newest is meant")
+    diff.add_argument("other", type=Path, metavar="B")
+    diff.add_argument("--all", action="store_true", help="every tensor, not the most different alone")
+    reshard = _add(checkpoints, subcommands, "reshard", "write a checkpoint anew as N files of equal size")
+    reshard.add_argument("source", type=Path, metavar="SRC", help="checkpoint, or a folder whose newest is meant")
+    reshard.add_argument("destination", type=Path, metavar="DST", help="the new checkpoint; must not exist yet")
+    reshard.add_argument("--ranks", type=_positive, required=True, metavar="N", help="how many files")
+    average = _add(checkpoints, subcommands, "average", "the mean of the weights of checkpoints of one model")
+    average.add_argument("sources", nargs="+", type=Path, metavar="CHECKPOINT")
+    average.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new one; must not exist yet")
+    copying = _add(checkpoints, subcommands, "copy", "copy a checkpoint between folders and URLs, verified on the way")
+    copying.add_argument("source", metavar="SRC", help="checkpoint, a folder whose newest is meant, or a URL")
+    copying.add_argument(
+        "destination", metavar="DST", help="the new checkpoint, or its URL; a folder must not exist yet"
+    )
+    for command in (listing, verify, diff, reshard, average, copying):
+        command.add_argument("--trust-others", action="store_true", help="also take what other users own or may write")
 
 
 def _add(parent: Parser, commands: Any, name: str, summary: str) -> Parser:

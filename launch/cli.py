@@ -29,7 +29,12 @@ HANDLERS = {
     "data order": "launch.data_order:main",
     "generate": "launch.generate:main",
     "eval": "launch.evaluate:main",
-    "ckpt list": "launch.ckpt:main",
+    "ckpt list": "launch.ckpt:list_all",
+    "ckpt verify": "launch.ckpt:verify",
+    "ckpt diff": "launch.ckpt_rewrite:diff",
+    "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
+    "ckpt average": "launch.ckpt_rewrite:average_some",
+    "ckpt copy": "launch.ckpt_copy:main",
     "doctor": "launch.doctor:main",
 }
 

@@ -13,7 +13,7 @@ from gptdist.errors import EXIT_DONE, EXIT_FAILED, CorpusError
 def verify(args: argparse.Namespace) -> int:
     """Print every problem found; exit 1 if there is one."""
     from data_tools.corpus.verify import verify_corpus
-    from gptdist.data.fetch import without_secrets
+    from gptdist.remote import without_secrets
 
     problems = verify_corpus(args.corpus, args.workers or _cores())
     for problem in problems:
@@ -36,7 +36,7 @@ def index(args: argparse.Namespace) -> int:
     from data_tools.corpus.index import rebuild_index
 
     if isinstance(args.corpus, str):
-        from gptdist.data.fetch import without_secrets
+        from gptdist.remote import without_secrets
 
         raise CorpusError(
             f"data index writes into the corpus, and {without_secrets(args.corpus)} is a URL. Copy the corpus to a "

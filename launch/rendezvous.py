@@ -51,8 +51,6 @@ def join(world: World, timeout_seconds: float, device: str) -> "Comms":
     import torch
     import torch.distributed as dist
 
-    from gptdist.comms import Comms
-
     if not world.master_address:
         world = _settle_over_mpi(world)
     timeout = timedelta(seconds=timeout_seconds)
@@ -68,10 +66,19 @@ def join(world: World, timeout_seconds: float, device: str) -> "Comms":
         world_size=world.world_size,
         timeout=timeout,
     )
+    # A group of its own on CPU as well: control messages may then run beside training's collectives.
+    return open_channel(world, timeout_seconds)
+
+
+def open_channel(world: World, timeout_seconds: float) -> "Comms":
+    """One more control channel of all ranks, for a thread of its own. After `join`, on every rank."""
+    import torch.distributed as dist
+
+    from gptdist.comms import Comms
+
     if world.world_size == 1:
         return Comms(world)
-    # A group of its own on CPU as well: control messages may then run beside training's collectives.
-    return Comms(world, dist.new_group(backend="gloo", timeout=timeout))
+    return Comms(world, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
 
 
 def leave() -> None:

@@ -3,15 +3,17 @@
 This is where the parts meet; each part is handed its own section and knows nothing of the others.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gptdist.checkpoint.folder import free_bytes
-from gptdist.checkpoint.read import Checkpoint, find_latest
-from gptdist.checkpoint.write import save_checkpoint, set_aside_checkpoints
+from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.saver import CheckpointSaver
+from gptdist.checkpoint.write import set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun, render_config
@@ -25,6 +27,7 @@ from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
 from gptdist.engine.engine import TrainEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.engine.zero_config import memory_note
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
 from gptdist.layout import Layout
@@ -38,6 +41,7 @@ from gptdist.train.loop import Actions, Sections, TrainLoop
 from gptdist.train.lost_shards import AgreeingLoader, lose_alike
 from gptdist.train.progress import (
     Progress,
+    check_resumable,
     check_same_data,
     check_same_model,
     check_same_on_all_ranks,
@@ -46,9 +50,19 @@ from gptdist.train.progress import (
     run_state,
 )
 from gptdist.train.sample import generate
+from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
 from launch.rendezvous import join, leave
+from launch.saving import (
+    check_room,
+    check_upload_is_new,
+    checkpoints_dir,
+    find_checkpoint,
+    note_verified,
+    open_saver,
+    open_uploader,
+)
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -136,11 +150,6 @@ def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
         ) from error
 
 
-def checkpoints_dir(config: RunConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
-
-
 def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool) -> int:
     config = loaded.config
     end_of_text = data.tokenizer.end_of_text if config.data.mask_documents else None
@@ -151,6 +160,8 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
         if not done:
             _check_before_writing(config, layout, engine, comms, data, progress)
             _write_first(loaded, comms, data, fresh)
+            if resumed_from and comms.is_first:
+                note_verified(Path(resumed_from))
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, progress, resumed_from)), flush=True)
             for note in (*repeat_notes(config, data), memory_note(config.parallel)):
@@ -160,20 +171,28 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
+        uploader = open_uploader(config, world)
+        saver = open_saver(config, world, Path(resumed_from) if resumed_from else None, uploader)
+        if saver.background:
+            with comms.together():
+                saver.prepare(engine.fragments())
         plain = _build_loader(config, layout, engine, data)
         allowed = config.data.max_unreadable_shards
         loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
         try:
             with _sinks(config, comms, progress) as sinks:
-                loop = _build_loop(config, layout, engine, comms, data, loader, progress, sinks)
+                loop = _build_loop(config, world, layout, engine, comms, data, loader, saver, progress, sinks)
                 stopped = loop.run()
         finally:
+            saver.close(config.launch.timeout)  # after an error: a save that is being written is worth finishing
             data.stop_fetching()  # the reading thread may be waiting for a shard
             loader.close()
         if comms.is_first:
             where = checkpoints_dir(config)
             end = f"stopped: {stopped}; run the same command to go on" if stopped else "done"
             print(f"{end}. Step {progress.step} is saved in {where}", flush=True)
+        if uploader:
+            uploader.close()
         return EXIT_RESUMABLE if stopped else EXIT_DONE
     finally:
         engine.close()
@@ -183,20 +202,23 @@ def _take_up(
     config: RunConfig, engine: TrainEngine, comms: Comms, data: RunData, fresh: bool
 ) -> tuple[Progress, str | None]:
     """The newest good checkpoint's state in the engine, or initial weights. Returns where the run is, and from what."""
-    found = None if fresh else find_latest(checkpoints_dir(config), comms)
+    found = None if fresh else find_checkpoint(config, comms)
     if found is None:
+        if fresh:
+            check_upload_is_new(config, comms)
         engine.initialise()
         return Progress(), None
     if comms.is_first:
         for reason in found.skipped:
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
     with found.checkpoint as checkpoint:
+        check_resumable(checkpoint.state, str(checkpoint.path))
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
         current = data_identity(config, data.manifests)
         consumed = restored_progress(checkpoint.state).samples
         check_same_data(checkpoint.state["data"], current, consumed, str(checkpoint.path))
         with comms.together():
-            engine.read(checkpoint, checkpoint.state["engine"])
+            engine.read(TensorSource(checkpoint), checkpoint.state["engine"])
         engine.refresh()
         return restored_progress(checkpoint.state), str(checkpoint.path)
 
@@ -213,7 +235,9 @@ def _check_before_writing(
         finally:
             loader.close()
         if comms.is_first:
-            _check_room(config)
+            warning = check_room(config)
+            if warning:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
     _read_held_out(config, engine, comms, data)
 
 
@@ -229,17 +253,6 @@ def _read_held_out(config: RunConfig, engine: TrainEngine, comms: Comms, data: R
                 pass
 
     lose_alike(comms, read, readers, config.data.max_unreadable_shards)
-
-
-def _check_room(config: RunConfig) -> None:
-    """Raise StorageError where not even one checkpoint fits: weights and two moments, 4 bytes each."""
-    folder = checkpoints_dir(config)
-    needed, free = 12 * parameter_count(config.model), free_bytes(folder)
-    if free < needed:
-        raise StorageError(
-            f"{folder} has room for {free:,} bytes, one checkpoint of this model needs {needed:,}. Free some space, or "
-            "set checkpoint.dir to a larger disk."
-        )
 
 
 def _write_first(loaded: LoadedRun, comms: Comms, data: RunData, fresh: bool) -> None:
@@ -282,19 +295,18 @@ def _sinks(config: RunConfig, comms: Comms, progress: Progress) -> Sinks:
 
 def _build_loop(
     config: RunConfig,
+    world: World,
     layout: Layout,
     engine: TrainEngine,
     comms: Comms,
     data: RunData,
     loader: BatchLoader | AgreeingLoader,
+    saver: CheckpointSaver,
     progress: Progress,
     sinks: Sinks,
 ) -> TrainLoop:
-    def save(progress: Progress) -> Path:
-        state = run_state(progress, config, layout.describe(), data.manifests, engine.state())
-        return save_checkpoint(
-            checkpoints_dir(config), progress.step, engine.fragments(), state, comms, config.checkpoint.keep
-        )
+    def state(progress: Progress, evaluation_loss: float | None) -> dict[str, Any]:
+        return run_state(progress, config, layout.describe(), data.manifests, engine.state(), evaluation_loss)
 
     names = short_names(tuple(data.train))
 
@@ -323,7 +335,9 @@ def _build_loop(
         engine,
         loader,
         Sections(config.train, config.optimizer, config.schedule, config.checkpoint, config.monitor),
-        Actions(save, evaluate if data.validation else None, sample if config.monitor.sample_interval else None),
+        Actions(state, evaluate if data.validation else None, sample if config.monitor.sample_interval else None),
+        saver,
+        SaveClock(config.checkpoint, world.world_size // world.local_world_size),
         progress,
         sinks,
         Throughput(flops_per_token(config.model), layout.world_size, peak),

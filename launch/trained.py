@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, find_latest
+from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
-from gptdist.data.fetch import is_url, without_secrets
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.errors import CheckpointError
 from gptdist.layout import Layout
+from gptdist.remote import is_url, without_secrets
 from gptdist.train.progress import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave
@@ -54,7 +54,7 @@ def open_trained(path: Path) -> Iterator[Trained]:
             end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
             engine = InferenceEngine(config.model, train, Layout(), World(), end_of_text)
             try:
-                engine.load_weights(checkpoint)
+                engine.load_weights(TensorSource(checkpoint))
                 yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
             finally:
                 engine.close()
@@ -64,18 +64,10 @@ def open_trained(path: Path) -> Iterator[Trained]:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `path` means. Raises CheckpointError, naming what was looked for."""
-    if (path / MANIFEST).is_file() and path.name.startswith("step-"):
-        return Checkpoint.open(path, verify=True)
-    for folder in (path / "checkpoints", path):
-        found = find_latest(folder)
-        if found is not None:
-            for reason in found.skipped:
-                print(f"warning: passed over a checkpoint: {reason}", flush=True)
-            return found.checkpoint
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
+    found = open_newest(path)
+    for reason in found.skipped:
+        print(f"warning: passed over a checkpoint: {reason}", flush=True)
+    return found.checkpoint
 
 
 def _config(checkpoint: Checkpoint) -> RunConfig:

@@ -17,11 +17,11 @@ from data_tools.corpus.shards import chunk_key
 from data_tools.corpus.tar_members import ChunkContent, ShardFile, TarChunk
 from gptdist.data.chunk_index import ChunkIndex
 from gptdist.data.digest import chunk_digest, file_sha256
-from gptdist.data.fetch import is_url
 from gptdist.data.manifest import Manifest, ShardInfo, SplitInfo
 from gptdist.data.store import Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError
+from gptdist.remote import is_url
 
 # What is not as it was built does not become so by waiting long.
 _FETCH_ATTEMPTS = 3

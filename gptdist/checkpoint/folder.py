@@ -8,6 +8,7 @@ ever reused. `.tmp-step-...` is one being written, `.doomed-step-...` one being 
 import errno
 import hashlib
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -21,6 +22,10 @@ LATEST = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _TEMPORARY = ".tmp-"
 _DOOMED = ".doomed-"
+_TRUST = (
+    "Where you know that nobody else changed it, set its owner and mode right, or allow it: "
+    "checkpoint.trust_others: true, or --trust-others."
+)
 
 
 def parse_step(folder_name: str) -> tuple[int, int] | None:
@@ -112,6 +117,29 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str | None:
     except OSError as error:
         return f"cannot read {path}: {error.strerror or error}"
     return None if digest == sha256 else f"{path} has sha256 {digest[:16]}..., the manifest says {sha256[:16]}..."
+
+
+def trust_problem(path: Path) -> str | None:
+    """Why what is at `path` may be somebody else's doing: its owner is neither this user nor root, or all may write.
+
+    None where nothing speaks against it, or nothing is there.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to {_user_name(status.st_uid)}, neither to this user nor to root. {_TRUST}"
+    if status.st_mode & stat.S_IWOTH:
+        return f"{path} can be written by every user (mode {stat.S_IMODE(status.st_mode):o}). {_TRUST}"
+    return None
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
 
 
 def free_bytes(path: Path) -> int:

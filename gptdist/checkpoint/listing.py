@@ -1,39 +1,49 @@
-"""What checkpoints a folder has, in a few lines for people, and which of them may go.
+"""What checkpoints a folder has, in a few lines for people.
 
-Knows folders and manifests, and three names in run state (samples, loss, layout). Must not know torch, ranks.
+Knows folders and manifests, and four names in run state (samples, tokens, loss, layout). Must not know torch, ranks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.checkpoint.folder import doom, file_problem, parse_step, step_folders
+from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, trust_problem
 from gptdist.checkpoint.manifest import MANIFEST, Manifest, load_manifest
+from gptdist.checkpoint.verified import verified_at
 from gptdist.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """One line of `gptdist ckpt list`. `reason` says why where it is not `ok`; what is not known is None."""
+    """One line of `gptdist ckpt list`. `reason` says why where it is not `ok`; what is not known is None.
+
+    `verified`: when every byte was last found right (UTC, ISO 8601); None: not since it was written.
+    """
 
     step: int
     path: Path
     bytes: int
     created: str | None
     samples: int | None
+    tokens: int | None
     loss: float | None
     layout: str | None
+    verified: str | None
     ok: bool
     reason: str | None
 
 
-def list_checkpoints(checkpoints_dir: Path, *, verify: bool = False) -> list[CheckpointSummary]:
+def list_checkpoints(
+    checkpoints_dir: Path, *, verify: bool = False, trust_others: bool = False
+) -> list[CheckpointSummary]:
     """The checkpoints of a folder, newest first. `verify` hashes every byte; otherwise only sizes are checked.
+    What another user could have changed is not `ok`, unless `trust_others`.
 
     Raises CheckpointError where the folder does not exist.
     """
     if not checkpoints_dir.is_dir():
         raise CheckpointError(f"no folder {checkpoints_dir}. Give a folder that holds step-... folders.")
-    return [_summarize(path, verify) for path in step_folders(checkpoints_dir)]
+    return [summarize(path, verify, trust_others) for path in step_folders(checkpoints_dir)]
 
 
 def check_step_name(folder: Path, manifest: Manifest) -> None:
@@ -46,6 +56,14 @@ def check_step_name(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def check_trust(folder: Path, names: Iterable[str] = (MANIFEST,)) -> None:
+    """Raises CheckpointError where the folder, or a file of these in it, may be somebody else's doing."""
+    for path in (folder, *(folder / name for name in names)):
+        problem = trust_problem(path)
+        if problem:
+            raise CheckpointError(problem)
+
+
 def check_files(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
     """Raises CheckpointError, naming the first file that is not what the manifest says."""
     for name, entry in sorted(manifest.files.items()):
@@ -54,46 +72,38 @@ def check_files(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
             raise CheckpointError(problem)
 
 
-def prune(checkpoints_dir: Path, just_saved: Path, keep: int | None) -> None:
-    """Delete older checkpoints of `just_saved`'s step, and all that are older than the newest `keep` good ones.
-
-    `just_saved` always stays. Bad ones newer than those kept stay too: they are evidence. Raises OSError.
-    """
-    good = 0
-    for path in step_folders(checkpoints_dir):
-        if path.name == just_saved.name:
-            good += 1
-        elif _step(path) == _step(just_saved) or (keep is not None and good >= keep):
-            doom(path)
-        elif keep is not None and _summarize(path, verify=False).ok:
-            good += 1
-
-
 def _step(path: Path) -> int:
     parsed = parse_step(path.name)
     return parsed[0] if parsed else -1
 
 
-def _summarize(path: Path, verify: bool) -> CheckpointSummary:
+def summarize(path: Path, verify: bool, trust_others: bool = False) -> CheckpointSummary:
+    """One checkpoint, good or bad."""
     try:
+        if not trust_others:
+            check_trust(path)
         manifest = load_manifest(path)
     except CheckpointError as error:
-        return CheckpointSummary(_step(path), path, 0, None, None, None, None, False, str(error))
+        return CheckpointSummary(_step(path), path, 0, None, None, None, None, None, None, False, str(error))
     reason = None
     try:
         check_step_name(path, manifest)
+        if not trust_others:
+            check_trust(path, manifest.files)
         check_files(path, manifest, hashed=verify)
     except CheckpointError as error:
         reason = str(error)
-    samples, loss, layout = (manifest.state.get(name) for name in ("samples", "loss", "layout"))
+    samples, tokens, loss, layout = (manifest.state.get(name) for name in ("samples", "tokens", "loss", "layout"))
     return CheckpointSummary(
-        step=_step(path),
+        step=_step(path) if parse_step(path.name) else manifest.step,
         path=path,
         bytes=manifest.total_bytes,
         created=manifest.created,
         samples=samples if isinstance(samples, int) else None,
+        tokens=tokens if isinstance(tokens, int) else None,
         loss=float(loss) if isinstance(loss, int | float) else None,
         layout=layout if isinstance(layout, str) else None,
+        verified=verified_at(path, manifest),
         ok=reason is None,
         reason=reason,
     )

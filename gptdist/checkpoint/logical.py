@@ -4,7 +4,7 @@ Knows boxes, flat ranges and how a local tensor is made of pieces of logical one
 which parallelism made the pieces: whoever shards a tensor describes it with `Piece`s, and the rest follows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -109,6 +109,22 @@ def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[Box
     if last_column:
         boxes += _boxes_in_row(shape, last_row, 0, last_column)
     return boxes
+
+
+def cut_in_order(box: Box, most: int) -> Iterator[Box]:
+    """The box in parts of at most `most` elements, each contiguous in it, in row-major order."""
+    if box.size <= most:
+        yield box
+        return
+    (first, *start), (last, *stop) = box.start, box.stop
+    row = Box(tuple(start), tuple(stop))
+    rows = most // row.size
+    for low in range(first, last, max(1, rows)):
+        if rows:
+            yield Box((low, *start), (min(low + rows, last), *stop))
+        else:
+            for inner in cut_in_order(row, most):
+                yield Box((low, *inner.start), (low + 1, *inner.stop))
 
 
 def fragments_of_range(

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: every logical tensor, where its fragments are, and what each file must hash to.
 
-Knows the JSON format (version 1) and the rules it keeps. Must not know torch, ranks or how files are written.
+Knows the JSON format (version 2) and the rules it keeps. Must not know torch, ranks or how files are written.
 The last line holds the sha256 of all bytes before it, so that a changed manifest is noticed like a changed file.
 Unknown keys are ignored: later writers may add some without a new version.
 """
@@ -16,9 +16,10 @@ from gptdist.checkpoint.logical import Box, Shape, overlap_or_gap
 from gptdist.errors import CheckpointError
 
 FORMAT = "gptdist-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_DIGEST = re.compile("[0-9a-f]{16}")
 _LAST_LINE = re.compile(rb'"sha256": "([0-9a-f]{64})"}\n')
 _REMEDY = "The checkpoint is damaged: use another one, or delete its folder."
 
@@ -43,10 +44,11 @@ class FragmentEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One logical tensor. `dtype` is torch's name for it, such as bfloat16."""
+    """One logical tensor. `dtype` is torch's name for it, such as bfloat16; `digest` does not know the fragments."""
 
     shape: Shape
     dtype: str
+    digest: str
     fragments: tuple[FragmentEntry, ...]
 
 
@@ -72,6 +74,7 @@ class Manifest:
             name: {
                 "shape": entry.shape,
                 "dtype": entry.dtype,
+                "digest": entry.digest,
                 "fragments": [[part.file, part.key, part.box.start, part.box.stop] for part in entry.fragments],
             }
             for name, entry in sorted(self.tensors.items())
@@ -157,7 +160,10 @@ def _manifest_of(data: dict[str, Any]) -> Manifest:
             raise CheckpointError(
                 f"tensor {name} has a fragment in {unlisted[0]!r}, which is not under files. {_REMEDY}"
             )
-        tensors[name] = TensorEntry(_integers(entry["shape"]), _text(entry["dtype"]), fragments)
+        digest = _text(entry["digest"])
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"{digest!r} is not a digest")
+        tensors[name] = TensorEntry(_integers(entry["shape"]), _text(entry["dtype"]), digest, fragments)
     state = data["state"]
     if not isinstance(state, dict):
         raise TypeError("state is not an object")

@@ -1,7 +1,7 @@
 """Loading: find the newest checkpoint that verifies, on all ranks alike, and read any box of any logical tensor.
 
-Knows manifests, memory-mapped files and how to share out the hashing. Must not know engines or layouts: a box is asked
-for by its logical place, whoever wrote it.
+Knows manifests, memory-mapped files and how to share out the hashing. Must not know torch, engines or layouts: a box is
+asked for by its logical place, whoever wrote it.
 """
 
 from bisect import bisect_left, bisect_right
@@ -9,40 +9,46 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
-import torch
+import numpy as np
 
-from gptdist.checkpoint.folder import file_problem, step_folders
-from gptdist.checkpoint.listing import check_step_name
+from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, trust_problem
+from gptdist.checkpoint.fragment import DTYPES, numpy_dtype
+from gptdist.checkpoint.listing import check_step_name, check_trust
 from gptdist.checkpoint.logical import Box, Shape, render_box
-from gptdist.checkpoint.manifest import FragmentEntry, Manifest, TensorEntry, load_manifest
-from gptdist.checkpoint.tensor_file import DTYPES, TensorFile
+from gptdist.checkpoint.manifest import MANIFEST, FragmentEntry, Manifest, TensorEntry, load_manifest
+from gptdist.checkpoint.tensor_file import TensorFile
 from gptdist.comms import Comms
-from gptdist.errors import CheckpointError
+from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.world import World
 
 
 class Checkpoint:
-    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`."""
+    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`. Threads may share it."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Use `Checkpoint.open`."""
         self.path = path
-        self._manifest = manifest
+        self.manifest = manifest
         self._indexes: dict[str, _Index] = {}
         self._files: dict[str, TensorFile] = {}
+        self._opening = Lock()
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool, comms: Comms | None = None) -> "Checkpoint":
+    def open(cls, path: Path, *, verify: bool, comms: Comms | None = None, trust_others: bool = False) -> "Checkpoint":
         """Open on all ranks of `comms` (default: this process alone), or raise the same CheckpointError on all.
 
         The manifest and every file's size are always checked; `verify` also hashes every byte, shared out over ranks.
+        `trust_others`: also where another user owns it or all users may write it.
         """
         comms = comms or Comms(World())
         manifest: Manifest | None = None
         problem = None
         try:
+            if not trust_others:
+                check_trust(path)
             manifest = load_manifest(path)
             check_step_name(path, manifest)
             _check_dtypes(path, manifest)
@@ -52,43 +58,45 @@ class Checkpoint:
         assert manifest is not None  # A rank without one has a problem, and then nobody comes here.
         if len(set(comms.gather(manifest.sha256))) > 1:
             raise CheckpointError(f"{path} is not the same checkpoint on all ranks: they must share the folder.")
-        _raise_first(comms, _first_bad_file(path, manifest, verify, comms.world))
+        _raise_first(comms, _first_bad_file(path, manifest, verify, trust_others, comms.world))
         return cls(path, manifest)
 
     @property
     def step(self) -> int:
         """Optimizer steps taken when it was saved."""
-        return self._manifest.step
+        return self.manifest.step
 
     @property
     def state(self) -> dict[str, Any]:
         """The run state that was saved with it."""
-        return self._manifest.state
+        return self.manifest.state
 
     @property
     def created(self) -> str:
         """When: UTC, ISO 8601."""
-        return self._manifest.created
+        return self.manifest.created
 
     def names(self, prefix: str = "") -> list[str]:
         """Logical tensors whose name starts with `prefix`, sorted."""
-        return sorted(name for name in self._manifest.tensors if name.startswith(prefix))
+        return sorted(name for name in self.manifest.tensors if name.startswith(prefix))
 
     def shape(self, name: str) -> Shape:
         """Of the whole logical tensor."""
         return self._tensor(name).shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
-        found = getattr(torch, self._tensor(name).dtype)
-        assert isinstance(found, torch.dtype)
-        return found
+    def dtype(self, name: str) -> str:
+        """As stored: torch's name for it. The arrays of bfloat16 are uint16."""
+        return self._tensor(name).dtype
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """`box` (default: all) of a logical tensor, contiguous, on the CPU, owned by the caller.
+    def digest(self, name: str) -> str:
+        """Of the whole logical tensor, as the manifest says: the same under every layout."""
+        return self._tensor(name).digest
+
+    def read(self, name: str, box: Box | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """`box` (default: all) of a logical tensor: contiguous and the caller's own, or in `out`, which is returned.
 
         Raises CheckpointError for a name that is not there and for a file that contradicts the manifest; ValueError
-        for a box outside the tensor.
+        for a box outside the tensor and an `out` of another shape or dtype.
         """
         tensor = self._tensor(name)
         whole = Box.whole(tensor.shape)
@@ -98,15 +106,22 @@ class Checkpoint:
         index = self._indexes.get(name)
         if index is None:
             index = self._indexes[name] = _Index(tensor)
-        out = torch.empty(box.shape, dtype=self.dtype(name))
+        kind = numpy_dtype(tensor.dtype)
+        if out is None:
+            out = np.empty(box.shape, dtype=kind)
+        elif (out.shape, out.dtype) != (box.shape, kind):
+            raise ValueError(
+                f"{name} {render_box(box)} is {kind} {box.shape}, the place for it {out.dtype} {out.shape}"
+            )
         for fragment in index.near(box):
             wanted = fragment.box.intersect(box)
             if wanted is not None:
-                self._copy(out[wanted.slices(box.start)], fragment, tensor.dtype, wanted)
+                part = out[wanted.slices(box.start)] if out.ndim else out  # a scalar has no slices
+                self._copy(part, fragment, tensor.dtype, wanted)
         return out
 
     def close(self) -> None:
-        """Unmap all files. Tensors read before stay valid."""
+        """Unmap all files. Arrays read before stay valid."""
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -118,30 +133,33 @@ class Checkpoint:
         self.close()
 
     def _tensor(self, name: str) -> TensorEntry:
-        tensor = self._manifest.tensors.get(name)
+        tensor = self.manifest.tensors.get(name)
         if tensor is None:
-            near = get_close_matches(name, self._manifest.tensors, n=1)
+            near = get_close_matches(name, self.manifest.tensors, n=1)
             hint = f" The nearest name is {near[0]!r}." if near else ""
             raise CheckpointError(
-                f"{self.path} has no tensor {name!r} among its {len(self._manifest.tensors)}.{hint} "
+                f"{self.path} has no tensor {name!r} among its {len(self.manifest.tensors)}.{hint} "
                 "It may be a checkpoint of another model."
             )
         return tensor
 
-    def _copy(self, out: torch.Tensor, fragment: FragmentEntry, dtype: str, wanted: Box) -> None:
+    def _copy(self, out: np.ndarray, fragment: FragmentEntry, dtype: str, wanted: Box) -> None:
         path = self.path / fragment.file
         try:
-            file = self._files.get(fragment.file)
-            if file is None:
-                # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
-                entry = self._manifest.files[fragment.file]
-                problem = file_problem(path, entry.bytes, None)
-                if problem:
-                    raise CheckpointError(problem)
-                file = self._files[fragment.file] = TensorFile(path)
-            file.copy_into(out, fragment.key, fragment.box, dtype, wanted)
+            self._file(fragment.file).copy_into(out, fragment.key, fragment.box, dtype, wanted)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+    def _file(self, name: str) -> TensorFile:
+        with self._opening:
+            file = self._files.get(name)
+            if file is None:
+                # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
+                problem = file_problem(self.path / name, self.manifest.files[name].bytes, None)
+                if problem:
+                    raise CheckpointError(problem)
+                file = self._files[name] = TensorFile(self.path / name)
+            return file
 
 
 @dataclass(frozen=True)
@@ -152,10 +170,34 @@ class FoundCheckpoint:
     skipped: list[str]
 
 
-def find_latest(checkpoints_dir: Path, comms: Comms | None = None) -> FoundCheckpoint | None:
-    """The newest checkpoint whose every byte verifies, the same on all ranks; None only where there is none at all.
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is meant as one checkpoint, not as a folder of them."""
+    return (path / MANIFEST).is_file() or parse_step(path.name) is not None
 
-    Raises CheckpointError, with the reason for each, where there are some but none is good.
+
+def open_newest(path: Path, *, verify: bool = True, trust_others: bool = False) -> FoundCheckpoint:
+    """What `path` means to a command of one process: a checkpoint, or the newest good one of a folder of them, or of a
+    run's folder. Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint.
+    """
+    if is_checkpoint(path):
+        return FoundCheckpoint(Checkpoint.open(path, verify=verify, trust_others=trust_others), [])
+    for folder in (path / "checkpoints", path):
+        found = find_latest(folder, verify=verify, trust_others=trust_others)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
+        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
+    )
+
+
+def find_latest(
+    checkpoints_dir: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
+) -> FoundCheckpoint | None:
+    """The newest checkpoint whose every byte verifies, the same on all ranks; None only where there is none at all.
+    With `verify` off, sizes are enough.
+
+    Raises NoGoodCheckpoint, with the reason for each, where there are some but none is good.
     """
     comms = comms or Comms(World())
     candidates: list[str] = []
@@ -165,12 +207,14 @@ def find_latest(checkpoints_dir: Path, comms: Comms | None = None) -> FoundCheck
     skipped: list[str] = []
     for name in comms.broadcast(candidates):
         try:
-            return FoundCheckpoint(Checkpoint.open(checkpoints_dir / name, verify=True, comms=comms), skipped)
+            path = checkpoints_dir / name
+            found = Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others)
+            return FoundCheckpoint(found, skipped)
         except CheckpointError as error:
             skipped.append(f"{name}: {error}")
     if skipped:
         reasons = "".join(f"\n  {reason}" for reason in skipped)
-        raise CheckpointError(
+        raise NoGoodCheckpoint(
             f"{checkpoints_dir} has {len(skipped)} checkpoint(s), but none of them is good:{reasons}\n"
             "Restore one of them, or start anew on purpose (--fresh, or another checkpoint.dir)."
         )
@@ -200,14 +244,17 @@ def _check_dtypes(path: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: tensor {name} has dtype {tensor.dtype!r}; can read {', '.join(DTYPES)}.")
 
 
-def _first_bad_file(path: Path, manifest: Manifest, hashed: bool, world: World) -> tuple[int, str] | None:
+def _first_bad_file(
+    path: Path, manifest: Manifest, hashed: bool, trust_others: bool, world: World
+) -> tuple[int, str] | None:
     """Of this rank's share of the files, the first bad one: its place among all files, and what is wrong with it."""
     order = sorted(manifest.files.items())
     # Dealt round by size, so that each rank hashes about as many bytes.
     by_size = sorted(range(len(order)), key=lambda place: order[place][1].bytes)
     for place in sorted(by_size[world.global_rank :: world.world_size]):
         name, entry = order[place]
-        problem = file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
+        problem = None if trust_others else trust_problem(path / name)
+        problem = problem or file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
         if problem:
             return place, problem
     return None

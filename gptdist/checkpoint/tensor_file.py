@@ -1,140 +1,82 @@
-"""One safetensors file of fragments: written in a stream and hashed on the way; read by memory map.
+"""One safetensors file of fragments: written in a stream that is hashed on the way; read by memory map.
 
-Knows the safetensors format and torch's memory. Must not know manifests, ranks or what the tensors mean. A file says
-by itself which box of which logical tensor each of its tensors is (in its metadata); any safetensors reader opens it.
+Knows the safetensors format. Must not know torch, manifests, ranks or what the tensors mean. A file says by itself
+which box of which logical tensor each of its tensors is (in its metadata); any safetensors reader opens it.
 """
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from gptdist.checkpoint.logical import Box, Shape, render_box
+from gptdist.checkpoint.digest import add_digests, partial_digest
+from gptdist.checkpoint.fragment import DTYPES, FragmentPlace, HostFragment, numpy_dtype
+from gptdist.checkpoint.logical import Box, cut_in_order
 
-# torch's name -> safetensors' name (its README, "Format").
-DTYPES = {
-    "float64": "F64",
-    "int64": "I64",
-    "float32": "F32",
-    "int32": "I32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-_CHUNK_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """`data` is `box` of the logical tensor `name`, whose whole shape is `shape`. A view will do, on any device."""
-
-    name: str
-    shape: Shape
-    box: Box
-    data: torch.Tensor
-
-    @cached_property
-    def key(self) -> str:
-        """Its name inside a file: the logical name, with the box where that is not the whole."""
-        return self.name if self.box == Box.whole(self.shape) else self.name + render_box(self.box)
+_CHUNK_BYTES = 4 << 20
+_CHUNKS_AHEAD = 4  # written, but not yet hashed
+_MAPPED_BYTES = 8 << 20  # about how much of a mapped file counts as memory of this process
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
+_NAMES = {stored: name for name, stored in DTYPES.items()}
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
 class Written:
-    """What came of writing a file."""
+    """What came of writing a file. `digests`: what its fragments add to the digest of each logical tensor."""
 
     bytes: int
     sha256: str
+    digests: dict[str, int]
 
 
-@dataclass(frozen=True)
-class StoredFragment:
-    """A fragment that a file says it holds."""
-
-    key: str
-    name: str
-    shape: Shape
-    dtype: str
-    box: Box
+ReadPart = Callable[[FragmentPlace, Box], np.ndarray]
+OnPhase = Callable[[str], None]
 
 
-def check_fragments(fragments: Sequence[Fragment]) -> None:
-    """Raises ValueError for fragments that contradict themselves: a mistake in the calling code, not the user's."""
-    keys = set()
-    for fragment in fragments:
-        if tuple(fragment.data.shape) != fragment.box.shape or not Box.whole(fragment.shape).contains(fragment.box):
-            raise ValueError(
-                f"fragment {fragment.key} of a tensor of shape {fragment.shape} has data of shape "
-                f"{tuple(fragment.data.shape)}"
-            )
-        if dtype_name(fragment.data.dtype) not in DTYPES:
-            raise ValueError(f"fragment {fragment.key} has dtype {fragment.data.dtype}; can store {', '.join(DTYPES)}")
-        if fragment.name == "__metadata__":
-            raise ValueError("a tensor cannot be named __metadata__: safetensors keeps that name for itself")
-        if fragment.key in keys:
-            raise ValueError(f"fragment {fragment.key} is given twice")
-        keys.add(fragment.key)
+def no_phase(phase: str) -> None:
+    """For whoever need not know how far writing is."""
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
+def write_tensor_file(path: Path, fragments: Sequence[HostFragment], on_phase: OnPhase = no_phase) -> Written:
+    """Write and fsync a new file. Raises OSError. `on_phase` hears `file` and `sync` before each begins."""
+    by_key = {fragment.key: fragment.data for fragment in fragments}
+
+    def read(place: FragmentPlace, part: Box) -> np.ndarray:
+        return by_key[place.key][part.slices(place.box.start)]
+
+    return write_tensor_stream(path, fragments, read, on_phase)
 
 
-def file_header(fragments: Sequence[Fragment]) -> tuple[bytes, list[Fragment]]:
-    """The header of the file of these fragments, and the order their bytes follow it in.
-
-    Wide elements go first, so that every tensor is aligned to its element size in the memory map.
-    """
-    ordered = sorted(fragments, key=lambda fragment: -fragment.data.element_size())
-    table: dict[str, Any] = {}
-    origins = {}
-    offset = 0
-    for fragment in ordered:
-        after = offset + fragment.data.numel() * fragment.data.element_size()
-        table[fragment.key] = {
-            "dtype": DTYPES[dtype_name(fragment.data.dtype)],
-            "shape": fragment.box.shape,
-            "data_offsets": [offset, after],
-        }
-        origins[fragment.key] = [fragment.name, fragment.shape, fragment.box.start]
-        offset = after
-    table["__metadata__"] = {"format": "pt", "fragments": json.dumps(origins)}
-    text = json.dumps(table).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text, ordered
-
-
-def file_size(fragments: Sequence[Fragment]) -> int:
-    """Bytes that the file of these fragments will have."""
-    return len(file_header(fragments)[0]) + sum(part.data.numel() * part.data.element_size() for part in fragments)
-
-
-def write_tensor_file(path: Path, fragments: Sequence[Fragment]) -> Written:
-    """Write and fsync a new file. Holds at most one chunk of copies at a time. Raises OSError."""
-    header, ordered = file_header(fragments)
-    digest = hashlib.sha256()
+def write_tensor_stream(
+    path: Path, places: Sequence[FragmentPlace], read: ReadPart, on_phase: OnPhase = no_phase
+) -> Written:
+    """As `write_tensor_file`, of elements that `read` brings a few megabytes at a time and must not change after."""
+    header, ordered = file_header(places)
+    content = _Digester()
     size = 0
+    on_phase("file")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for chunk in _chunks(header, ordered):
-            digest.update(chunk)
-            size += len(chunk)
-            write_all(descriptor, chunk)
+        with content:
+            for chunk, parts in _chunks(header, ordered, read):
+                content.add(chunk, parts)
+                write_all(descriptor, chunk)
+                size += len(chunk)
+        on_phase("sync")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Written(size, digest.hexdigest())
+    return Written(size, content.sha256, content.digests)
 
 
 def write_all(descriptor: int, content: memoryview) -> None:
@@ -143,80 +85,226 @@ def write_all(descriptor: int, content: memoryview) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def read_stored_fragments(path: Path) -> list[StoredFragment]:
+def file_header(places: Iterable[FragmentPlace]) -> tuple[bytes, list[FragmentPlace]]:
+    """The header of the file of these fragments, and the order their bytes follow it in.
+
+    Wide elements go first, so that every tensor is aligned to its element size in the memory map.
+    """
+    ordered = sorted(places, key=lambda place: -numpy_dtype(place.dtype).itemsize)
+    table: dict[str, Any] = {}
+    origins = {}
+    offset = 0
+    for place in ordered:
+        after = offset + place.bytes
+        table[place.key] = {
+            "dtype": DTYPES[place.dtype],
+            "shape": place.box.shape,
+            "data_offsets": [offset, after],
+        }
+        origins[place.key] = [place.name, place.shape, place.box.start]
+        offset = after
+    table[_METADATA] = {"format": "pt", "fragments": json.dumps(origins)}
+    text = json.dumps(table).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text, ordered
+
+
+def file_size(places: Sequence[FragmentPlace]) -> int:
+    """Bytes that the file of these fragments will have."""
+    return len(file_header(places)[0]) + sum(place.bytes for place in places)
+
+
+def read_fragment_places(path: Path) -> list[FragmentPlace]:
     """What the file says it holds, from its header alone. Raises ValueError for a file of another writer."""
-    try:
-        with safe_open(path, "pt") as file:
-            origins = json.loads((file.metadata() or {})["fragments"])
-            stored = []
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                name, shape, start = origins[key]
-                part = file.get_slice(key)
-                box = Box.whole(part.get_shape()).shift(start)
-                stored.append(StoredFragment(key, name, tuple(shape), _torch_name(part.get_dtype()), box))
-            return stored
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"not a file of fragments: {error}") from error
+    with TensorFile(path) as file:
+        return file.fragment_places()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # in the file
+    stop: int
 
 
 class TensorFile:
-    """An open, memory-mapped file of fragments."""
+    """An open safetensors file: what lies together is read, strided parts are copied out of a memory map.
+
+    What it says about itself is believed only as far as its size allows.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError or OSError where it is no safetensors file."""
+        self._mapped_bytes = 0  # read through the map since it was last let go
         try:
-            self._file = safe_open(path, "pt")
-            self._handle = self._file.__enter__()
-        except SafetensorError as error:
-            raise ValueError(f"not a safetensors file: {error}") from error
+            self._file = path.open("rb", buffering=0)
+            with _closing_on_error(self._file):
+                self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+                self._entries, self._metadata = _read_header(self._map)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a safetensors file: {error}") from None
 
-    def copy_into(self, out: torch.Tensor, key: str, fragment: Box, dtype: str, wanted: Box) -> None:
-        """Fill `out` with the part `wanted` of tensor `key`, which holds the box `fragment`. Raises ValueError."""
+    def fragment_places(self) -> list[FragmentPlace]:
+        """Which fragments its tensors are. Raises ValueError for a file of another writer."""
         try:
-            part = self._handle.get_slice(key)
-            if tuple(part.get_shape()) != fragment.shape or part.get_dtype() != DTYPES.get(dtype):
-                raise ValueError(
-                    f"tensor {key} is {part.get_dtype()} {part.get_shape()}, "
-                    f"the manifest says {dtype} {list(fragment.shape)}"
-                )
-            # A scalar has no slices; all of a tensor is read without a strided copy.
-            whole = wanted == fragment
-            out.copy_(self._handle.get_tensor(key) if whole else part[wanted.slices(fragment.start)])
-        except SafetensorError as error:
-            raise ValueError(f"cannot read tensor {key}: {error}") from error
+            origins = json.loads(self._metadata["fragments"])
+            places = []
+            for key, entry in self._entries.items():
+                name, shape, start = origins[key]
+                box = Box.whole(entry.shape).shift(start)
+                places.append(FragmentPlace(name, tuple(shape), box, entry.dtype))
+            return places
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not a file of fragments: {error}") from None
+
+    def copy_into(self, out: np.ndarray, key: str, fragment: Box, dtype: str, wanted: Box) -> None:
+        """Fill `out` with the part `wanted` of tensor `key`, which holds the box `fragment`. Raises ValueError."""
+        entry = self._entries.get(key)
+        if entry is None:
+            raise ValueError(f"it has no tensor {key}, which the manifest says it has")
+        if (entry.shape, entry.dtype) != (fragment.shape, dtype):
+            raise ValueError(
+                f"tensor {key} is {DTYPES[entry.dtype]} {list(entry.shape)}, "
+                f"the manifest says {dtype} {list(fragment.shape)}"
+            )
+        if not out.size:
+            return
+        kind = numpy_dtype(dtype)
+        stored = np.frombuffer(self._map, kind, fragment.size, entry.start).reshape(fragment.shape)
+        part = stored[wanted.slices(fragment.start)] if wanted.start else stored
+        if part.flags.c_contiguous and out.flags.c_contiguous:
+            offset = part.__array_interface__["data"][0] - stored.__array_interface__["data"][0]
+            self._read(out.reshape(-1).view(np.uint8).data, entry.start + offset)
+            return
+        for box in cut_in_order(Box.whole(wanted.shape), max(1, _MAPPED_BYTES // kind.itemsize)):
+            out[box.slices()] = part[box.slices()]
+            self._mapped_bytes += box.size * kind.itemsize
+            if self._mapped_bytes >= _MAPPED_BYTES:
+                # What was mapped once would else count as this process's memory for good.
+                self._map.madvise(mmap.MADV_DONTNEED)
+                self._mapped_bytes = 0
+
+    def _read(self, out: memoryview, offset: int) -> None:
+        while out:
+            count = os.preadv(self._file.fileno(), [out], offset)
+            if not count:
+                raise ValueError("the file became shorter while it was read")
+            out, offset = out[count:], offset + count
 
     def close(self) -> None:
         """Let go of the memory map."""
-        self._file.__exit__(None, None, None)
+        with suppress(BufferError):  # an error on its way up still holds an array over it
+            self._map.close()
+        self._file.close()
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-def _torch_name(dtype: str) -> str:
-    for name, stored in DTYPES.items():
-        if stored == dtype:
-            return name
-    raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES.values())}")
+@contextmanager
+def _closing_on_error(file: IO[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.close()
+        raise
 
 
-def _chunks(header: bytes, fragments: Sequence[Fragment]) -> Iterator[memoryview]:
-    yield memoryview(header)
-    for fragment in fragments:
-        yield from _byte_chunks(fragment.data.detach())
+def _read_header(content: mmap.mmap) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Raises ValueError and what wrong JSON leads to."""
+    size = len(content)
+    length = int.from_bytes(content[:8], "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise ValueError("its header is longer than the file, or than any header may be")
+    table = json.loads(content[8 : 8 + length])
+    metadata = table.pop(_METADATA, {})
+    entries = {}
+    for key, value in table.items():
+        dtype = _NAMES.get(value["dtype"])
+        if dtype is None:
+            raise ValueError(f"tensor {key} has dtype {value['dtype']!r}; can read {', '.join(_NAMES)}")
+        start, stop = (_count(offset) + 8 + length for offset in value["data_offsets"])
+        entries[key] = _Entry(dtype, tuple(map(_count, value["shape"])), start, stop)
+    after = 8 + length
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        bytes_told = Box.whole(entry.shape).size * numpy_dtype(entry.dtype).itemsize
+        if entry.start != after or entry.stop - entry.start != bytes_told:
+            raise ValueError(f"the bytes of tensor {key} are not where they must be")
+        after = entry.stop
+    if after != size:
+        raise ValueError(f"its tensors end at byte {after}, the file at {size}")
+    return entries, metadata
 
 
-def _byte_chunks(data: torch.Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes, row-major; copies only what is strided or on a device, some rows at a time."""
-    if not data.numel():
-        return
-    if data.device.type == "cpu" and data.is_contiguous():
-        flat = _bytes_of(data)
-        for start in range(0, len(flat), _CHUNK_BYTES):
-            yield flat[start : start + _CHUNK_BYTES]
-        return
-    rows = data.reshape(1) if data.ndim == 0 else data
-    rows_per_chunk = max(1, _CHUNK_BYTES * len(rows) // (data.numel() * data.element_size()))
-    for first in range(0, len(rows), rows_per_chunk):
-        yield _bytes_of(rows[first : first + rows_per_chunk].cpu().contiguous())
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
 
 
-def _bytes_of(data: torch.Tensor) -> memoryview:
-    return data.reshape(-1).view(torch.uint8).numpy().data
+_Part = tuple[FragmentPlace, Box, np.ndarray]
+
+
+def _chunks(header: bytes, places: Sequence[FragmentPlace], read: ReadPart) -> Iterator[tuple[memoryview, list[_Part]]]:
+    """The file's bytes in order, some megabytes at a time, and the parts of fragments they are."""
+    waiting: list[Any] = [header]
+    parts: list[_Part] = []
+    size = 0
+    for place in places:
+        for box in cut_in_order(place.box, max(1, _CHUNK_BYTES // numpy_dtype(place.dtype).itemsize)):
+            data = np.ascontiguousarray(read(place, box)).reshape(box.shape)  # the former makes rows of scalars
+            content = data.reshape(-1).view(np.uint8).data
+            if waiting and size + len(content) > _CHUNK_BYTES:
+                yield _joined(waiting), parts
+                waiting, parts, size = [], [], 0
+            waiting.append(content)
+            parts.append((place, box, data))
+            size += len(content)
+    if waiting:
+        yield _joined(waiting), parts
+
+
+def _joined(pieces: list[Any]) -> memoryview:
+    """Small ones are copied together: fewer, larger writes."""
+    return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+
+class _Digester:
+    """Hashes what is written on threads of its own, a few chunks behind: hashing and writing both leave Python alone.
+
+    sha256 goes in order; digests of tensors add up. `sha256` and `digests` are whole once the `with` is over.
+    """
+
+    def __init__(self) -> None:
+        self.sha256 = ""
+        self.digests: dict[str, int] = {}
+        self._sha256 = hashlib.sha256()
+        self._pending: deque[Future[None]] = deque()
+        self._threads = ExitStack()
+
+    def __enter__(self) -> None:
+        self._hashing, self._adding = (self._threads.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+
+    def __exit__(self, *exception: object) -> None:
+        self._threads.close()
+        if exception[0] is None:
+            self._wait(0)
+            self.sha256 = self._sha256.hexdigest()
+
+    def add(self, chunk: memoryview, parts: list[_Part]) -> None:
+        """Waits where too much is pending, so that memory stays bounded."""
+        self._wait(2 * _CHUNKS_AHEAD)
+        self._pending += (self._hashing.submit(self._sha256.update, chunk), self._adding.submit(self._digest, parts))
+
+    def _digest(self, parts: list[_Part]) -> None:
+        for place, box, data in parts:
+            earlier = self.digests.get(place.name, 0)
+            self.digests[place.name] = add_digests((earlier, partial_digest(data, box, place.shape)))
+
+    def _wait(self, most: int) -> None:
+        while len(self._pending) > most:
+            self._pending.popleft().result()

@@ -7,11 +7,14 @@ thing asked of the disk is that all ranks see the same folder.
 import logging
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gptdist.checkpoint.digest import add_digests, render_digest
 from gptdist.checkpoint.folder import (
     LATEST,
     commit,
@@ -22,64 +25,85 @@ from gptdist.checkpoint.folder import (
     storage_error,
     temporary_path,
 )
-from gptdist.checkpoint.listing import prune
+from gptdist.checkpoint.fragment import HostFragment, check_fragments
 from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Manifest, TensorEntry
-from gptdist.checkpoint.tensor_file import (
-    Fragment,
-    check_fragments,
-    file_size,
-    read_stored_fragments,
-    write_tensor_file,
-)
+from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.retention import Retention, prune
+from gptdist.checkpoint.room import look_for_room
+from gptdist.checkpoint.staging import check_staging_room, copy_durably, forget_cached_pages, staged_file
+from gptdist.checkpoint.tensor_file import OnPhase, file_size, no_phase, read_fragment_places, write_tensor_file
+from gptdist.checkpoint.verified import mark_verified
 from gptdist.comms import Comms
 from gptdist.durable import write_durably
-from gptdist.errors import CheckpointError, GptdistError
+from gptdist.errors import CheckpointError, GptdistError, StorageError
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """What a save does beyond writing. `protected`: checkpoints that retention must leave, asked on rank 0."""
+
+    retention: Retention = field(default_factory=Retention)
+    read_back: bool = False
+    staging_dir: Path | None = None
+    protected: Callable[[], Collection[Path]] = tuple
 
 
 def save_checkpoint(
     checkpoints_dir: Path,
     step: int,
-    fragments: Iterable[Fragment],
+    fragments: Iterable[HostFragment],
     state: dict[str, Any],
     comms: Comms,
-    keep: int | None = None,
+    options: SaveOptions | None = None,
+    *,
+    on_phase: OnPhase = no_phase,
+    on_written: Callable[[], None] = lambda: None,
 ) -> Path:
     """Save the fragments of all ranks and rank 0's `state` (JSON) as one checkpoint; its folder, on every rank.
 
     Every logical tensor must be there exactly once over all ranks; making `fragments` must not use collectives.
-    `keep`: how many of the newest to keep; None: all.
-    Raises on every rank, and leaves nothing, where any rank fails: StorageError for what the disk refuses.
+    `on_phase` hears what is done next, on every rank; `on_written`, that no rank needs its fragments any more.
+    Raises on every rank, and leaves nothing, where any rank fails: StorageError for what the disk refuses. A checkpoint
+    that was written but does not read back stays, as evidence, and is a StorageError too.
     """
-    mine: list[Fragment] = []
+    options = options or SaveOptions()
+    on_phase("prepare")
+    mine: list[HostFragment] = []
     with comms.together():
         mine = list(fragments)
         check_fragments(mine)
         if comms.is_first:
             Manifest(step, "", {}, {}, state).render()  # JSON cannot hold it? Then say so before writing anything.
             _prepare(checkpoints_dir)
+    _check_room(checkpoints_dir, step, mine, comms, options)
     temporary = temporary_path(checkpoints_dir, step, comms.broadcast(secrets.token_hex(4)))
     try:
+        on_phase("folder")
         with comms.together():
             if comms.is_first:
                 _make_folder(temporary)
-        entry: list[Any] | None = None
-        with comms.together():
-            entry = _write_mine(temporary, mine, comms.world.global_rank)
-        entries = comms.gather(entry)
+        entries = _write_all(temporary, mine, comms, options.staging_dir, on_phase, on_written)
+        on_phase("manifest")
         final = ""
         with comms.together():
             if comms.is_first:
-                final = _commit(checkpoints_dir, step, temporary, entries, state)
+                final = _commit(checkpoints_dir, step, temporary, entries, state, on_phase)
     except BaseException:
         # Whoever comes here first may be alone (a rank died): never wait for the others.
         if comms.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     path = checkpoints_dir / comms.broadcast(final)
+    on_phase("latest")
+    before = _point_latest(path) if comms.is_first else None
+    if options.read_back:
+        on_phase("read-back")
+        _read_back(path, comms, before)
+    on_phase("prune")
     if comms.is_first:
-        _tidy(path, keep)
+        _tidy(path, options)
     comms.barrier()
     return path
 
@@ -106,6 +130,24 @@ def _prepare(checkpoints_dir: Path) -> None:
         raise storage_error(error, checkpoints_dir, 0) from error
 
 
+def _check_room(
+    checkpoints_dir: Path, step: int, fragments: list[HostFragment], comms: Comms, options: SaveOptions
+) -> None:
+    """Raises StorageError, on all ranks, where the checkpoint does not fit."""
+    sizes = comms.gather(file_size(fragments) if fragments else 0)
+    with comms.together():
+        try:
+            if comms.is_first:
+                room = look_for_room(checkpoints_dir, sum(sizes), options.retention)
+                room.check(f"step {step}")
+                if room.warning:
+                    _log.warning("%s", room.warning)
+            if options.staging_dir is not None:
+                check_staging_room(options.staging_dir, sizes, comms.world)
+        except OSError as error:
+            raise storage_error(error, checkpoints_dir, 0) from error
+
+
 def _make_folder(temporary: Path) -> None:
     try:
         temporary.mkdir()
@@ -113,19 +155,69 @@ def _make_folder(temporary: Path) -> None:
         raise storage_error(error, temporary, 0) from error
 
 
-def _write_mine(temporary: Path, fragments: list[Fragment], global_rank: int) -> list[Any] | None:
-    """[file name, bytes, sha256]; None for a rank that holds nothing of its own, which writes no file."""
+def _write_all(
+    temporary: Path,
+    fragments: list[HostFragment],
+    comms: Comms,
+    staging_dir: Path | None,
+    on_phase: OnPhase,
+    on_written: Callable[[], None],
+) -> list[Any]:
+    """Every rank's [file name, bytes, sha256, digests]; None for one that holds nothing, and writes no file."""
+    # None of the three may be left early by one rank: `on_written` lets training go on, and that must be all ranks'.
+    entry: list[Any] | None = None
+    name = f"rank-{comms.world.global_rank:05d}.safetensors"
+    if staging_dir is None:
+        with comms.together():
+            entry = _write_mine(temporary / name, fragments, on_phase)
+        on_phase("gather")
+        entries = comms.gather(entry)
+        on_written()
+        return entries
+    with staged_file(staging_dir, temporary.parent, name) as staged:
+        with comms.together():
+            entry = _write_mine(staged, fragments, on_phase)
+        on_written()
+        on_phase("copy-out")
+        with comms.together():
+            if entry is not None:
+                _copy_out(staged, temporary / name, entry)
+        on_phase("gather")
+        return comms.gather(entry)
+
+
+def _write_mine(path: Path, fragments: list[HostFragment], on_phase: OnPhase) -> list[Any] | None:
     if not fragments:
         return None
-    path = temporary / f"rank-{global_rank:05d}.safetensors"
     try:
-        written = write_tensor_file(path, fragments)
+        written = write_tensor_file(path, fragments, on_phase)
     except OSError as error:
         raise storage_error(error, path, file_size(fragments)) from error
-    return [path.name, written.bytes, written.sha256]
+    return [path.name, written.bytes, written.sha256, written.digests]
 
 
-def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any], state: dict[str, Any]) -> str:
+def _copy_out(staged: Path, path: Path, entry: list[Any]) -> None:
+    """The staged file to its place. What arrives is hashed as it was read, so a change on the way is noticed."""
+    try:
+        digest = copy_durably(staged, path)
+    except OSError as error:
+        raise storage_error(error, path, entry[1]) from error
+    if digest != entry[2]:
+        raise StorageError(
+            f"{staged} changed after it was written: its sha256 was {entry[2][:16]}..., now it is {digest[:16]}.... "
+            "The disk under checkpoint.staging_dir may be failing: set it to another."
+        )
+    entry[0] = path.name
+
+
+def _commit(
+    checkpoints_dir: Path,
+    step: int,
+    temporary: Path,
+    entries: list[Any],
+    state: dict[str, Any],
+    on_phase: OnPhase,
+) -> str:
     """Write the manifest of what all ranks wrote and give the folder its name, which is returned."""
     files = {
         entry[0]: FileEntry(entry[1], entry[2], global_rank)
@@ -133,7 +225,8 @@ def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any
         if entry is not None
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = Manifest(step, created, files, _gather_tensors(temporary, files), state)
+    digests = [entry[3] for entry in entries if entry is not None]
+    manifest = Manifest(step, created, files, _gather_tensors(temporary, files, digests), state)
     try:
         manifest.check_cover()
     except CheckpointError as error:  # Not the user's: the ranks were told to save the wrong parts.
@@ -142,6 +235,7 @@ def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any
     path = temporary / MANIFEST
     try:
         write_durably(path, content)
+        on_phase("rename")
         final = free_step_path(checkpoints_dir, step)
         commit(temporary, final)
     except OSError as error:
@@ -149,7 +243,9 @@ def _commit(checkpoints_dir: Path, step: int, temporary: Path, entries: list[Any
     return final.name
 
 
-def _gather_tensors(temporary: Path, files: dict[str, FileEntry]) -> dict[str, TensorEntry]:
+def _gather_tensors(
+    temporary: Path, files: dict[str, FileEntry], digests: list[dict[str, int]]
+) -> dict[str, TensorEntry]:
     """The logical tensors in the files just written, from their headers: what is on disk, not what was sent."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     parts: dict[str, list[FragmentEntry]] = {}
@@ -161,7 +257,7 @@ def _gather_tensors(temporary: Path, files: dict[str, FileEntry]) -> dict[str, T
                 f"{'no such file' if size is None else f'{size} bytes'}. "
                 "All ranks must share the checkpoint folder: set checkpoint.dir to one that every node mounts."
             )
-        for stored in read_stored_fragments(temporary / file):
+        for stored in read_fragment_places(temporary / file):
             first = shapes.setdefault(stored.name, (stored.shape, stored.dtype))
             if first != (stored.shape, stored.dtype):
                 raise GptdistError(
@@ -170,15 +266,56 @@ def _gather_tensors(temporary: Path, files: dict[str, FileEntry]) -> dict[str, T
                 )
             parts.setdefault(stored.name, []).append(FragmentEntry(file, stored.key, stored.box))
     return {
-        name: TensorEntry(shape, dtype, tuple(sorted(parts[name], key=lambda part: part.box.start)))
+        name: TensorEntry(
+            shape, dtype, _digest_of(name, digests), tuple(sorted(parts[name], key=lambda part: part.box.start))
+        )
         for name, (shape, dtype) in shapes.items()
     }
 
 
-def _tidy(path: Path, keep: int | None) -> None:
+def _digest_of(name: str, digests: list[dict[str, int]]) -> str:
+    return render_digest(add_digests(by_rank.get(name, 0) for by_rank in digests))
+
+
+def _point_latest(path: Path) -> str | None:
+    """`latest` names the new checkpoint; what it named before. The checkpoint is safe by now: nothing here fails it."""
+    latest = path.parent / LATEST
+    try:
+        before = latest.read_text() if latest.is_file() else None
+        write_durably(latest, f"{path.name}\n".encode())
+        return before
+    except (OSError, ValueError) as error:
+        _log.warning("%s is saved, but %s cannot be written: %s", path, latest, error)
+        return None
+
+
+def _read_back(path: Path, comms: Comms, latest_before: str | None) -> None:
+    """Hash every byte that was committed, shared out over ranks, and mark the checkpoint. Raises StorageError."""
+    # Trusted: this run wrote it a moment ago, and a umask that lets others write is no fault of the disk.
+    mine = path / f"rank-{comms.world.global_rank:05d}.safetensors"
+    forget_cached_pages(mine)
+    comms.barrier()
+    try:
+        with Checkpoint.open(path, verify=True, comms=comms, trust_others=True) as checkpoint:
+            manifest = checkpoint.manifest
+    except CheckpointError as error:
+        if comms.is_first and latest_before is not None:
+            with suppress(OSError):
+                write_durably(path.parent / LATEST, latest_before.encode())
+        raise StorageError(
+            f"{path} was saved, but does not read back as it was written: {error}. It stays as evidence, and no resume "
+            "will take it. The disk or the network to it may be failing: check it, or set checkpoint.dir to another."
+        ) from error
+    if comms.is_first:
+        try:
+            mark_verified(path, manifest)
+        except OSError as error:
+            _log.warning("%s is good, but cannot be marked as verified: %s", path, error)
+
+
+def _tidy(path: Path, options: SaveOptions) -> None:
     """What follows a commit. The checkpoint is safe by now, so nothing here may fail the save."""
     try:
-        write_durably(path.parent / LATEST, f"{path.name}\n".encode())
-        prune(path.parent, path, keep)
+        prune(path.parent, path, options.retention, options.protected())
     except OSError as error:
         _log.warning("%s is saved, but tidying %s failed: %s", path, path.parent, error)

@@ -5,12 +5,13 @@ Pure: knows values and where they were written, no file and no process. What one
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from gptdist.config.problems import DEFAULT, Problem, raise_problems
-from gptdist.config.sections import BlendPart, DataConfig, RunConfig, ScheduleConfig, TrainConfig
+from gptdist.config.sections import BlendPart, CheckpointConfig, DataConfig, RunConfig, ScheduleConfig, TrainConfig
 from gptdist.config.weights import LARGEST_PERIOD, rounded_weights, whole_weights
 from gptdist.layout import Layout
 
@@ -328,6 +329,69 @@ def rule_stop_after(config: RunConfig, world_size: int) -> Iterator[Broken]:
         yield Broken(text, ("train.stop_after", "train.steps"))
 
 
+def rule_save_interval(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """`auto` sets the time between saves by itself, and only it needs to know how often nodes fail."""
+    checkpoint, defaults = config.checkpoint, CheckpointConfig()
+    if checkpoint.interval == "auto":
+        if checkpoint.interval_minutes is not None:
+            text = (
+                f"checkpoint.interval auto chooses the time between saves, and checkpoint.interval_minutes "
+                f"({checkpoint.interval_minutes:g}) sets it. Leave one of them out."
+            )
+            yield Broken(text, ("checkpoint.interval", "checkpoint.interval_minutes"))
+    elif checkpoint.node_mtbf != defaults.node_mtbf:
+        text = (
+            f"checkpoint.node_mtbf ({checkpoint.node_mtbf:g} s) is for checkpoint.interval: auto; the interval is "
+            f"{checkpoint.interval}. Set checkpoint.interval: auto, or leave checkpoint.node_mtbf out."
+        )
+        yield Broken(text, ("checkpoint.node_mtbf", "checkpoint.interval"))
+
+
+def rule_keep_best(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """The best are chosen by the evaluation of their own step, so each save needs one."""
+    checkpoint, every = config.checkpoint, config.train.eval_interval
+    if not checkpoint.keep_best:
+        return
+    interval = checkpoint.interval
+    if interval == "auto" or checkpoint.interval_minutes is not None:
+        key = "checkpoint.interval" if interval == "auto" else "checkpoint.interval_minutes"
+        text = (
+            f"checkpoint.keep_best ({checkpoint.keep_best}) needs an evaluation at each save, and {key} saves by the "
+            "clock, at steps that have none. Set checkpoint.interval to a multiple of train.eval_interval, or "
+            "checkpoint.keep_best: 0."
+        )
+        yield Broken(text, ("checkpoint.keep_best", key))
+    elif interval and (not every or interval % every):
+        near = f"checkpoint.interval {_nearest(interval, every)}" if every else f"train.eval_interval: {interval}"
+        text = (
+            f"checkpoint.keep_best ({checkpoint.keep_best}) needs an evaluation at each save: checkpoint.interval "
+            f"({interval}) must be a multiple of train.eval_interval ({every}). Use {near}, or checkpoint.keep_best: 0."
+        )
+        yield Broken(text, ("checkpoint.keep_best", "checkpoint.interval", "train.eval_interval"))
+
+
+def rule_staging_dir(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """What is staged in the folder of checkpoints itself would be written twice for nothing."""
+    staging, folder = config.checkpoint.staging_dir, config.checkpoint.dir
+    if staging is not None and folder is not None and os.path.normpath(staging) == os.path.normpath(folder):
+        text = (
+            f"checkpoint.staging_dir ({staging}) is checkpoint.dir. Set it to a folder on the node's own disk, or "
+            "leave it out."
+        )
+        yield Broken(text, ("checkpoint.staging_dir", "checkpoint.dir"))
+
+
+def rule_upload_url(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """checkpoint.upload is a URL; a folder is checkpoint.dir's."""
+    upload = config.checkpoint.upload
+    if upload is not None and "://" not in upload:
+        text = (
+            f"checkpoint.upload ({upload}) is no URL. Write s3://BUCKET/FOLDER, gs://..., or file:///FOLDER; the "
+            "folder to save to is checkpoint.dir."
+        )
+        yield Broken(text, ("checkpoint.upload",))
+
+
 RULES: tuple[Rule, ...] = (
     rule_corpus_or_blend,
     rule_blend,
@@ -346,6 +410,10 @@ RULES: tuple[Rule, ...] = (
     rule_schedule_order,
     rule_learning_rates,
     rule_stop_after,
+    rule_save_interval,
+    rule_keep_best,
+    rule_staging_dir,
+    rule_upload_url,
 )
 
 

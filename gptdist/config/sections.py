@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gptdist.config.units import ByteSize, Duration
+from gptdist.config.units import ByteSize, Duration, SaveInterval
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -163,11 +163,33 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep."""
+    """When to save, what to keep, and where. `docs/checkpoints.md` explains."""
 
     dir: str | None = Field(None, description="Folder of checkpoints; null: launch.run_dir/checkpoints.")
-    interval: NonNegativeInt = Field(500, description="Steps between saves; 0: only at the end.")
+    interval: SaveInterval = Field(
+        500, description="Steps between saves; 0: only at the end; auto: as often as the time a save takes is worth."
+    )
+    interval_minutes: PositiveFloat | None = Field(
+        None, description="Also save when this long has passed since the last save began."
+    )
+    node_mtbf: Duration = Field(100 * 86400.0, description="Of interval auto: mean time between failures of one node.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
+    keep_every: NonNegativeInt = Field(
+        0, description="Checkpoints of steps that this divides are kept for ever; 0: none."
+    )
+    keep_best: NonNegativeInt = Field(
+        0, description="Checkpoints of the lowest evaluation loss that are kept; 0: none."
+    )
+    background: bool = Field(True, description="Write while training goes on, from a copy in host memory.")
+    read_back: bool = Field(
+        True, description="Read and hash each checkpoint once it is saved, and mark it as verified."
+    )
+    max_failed_saves: NonNegativeInt = Field(0, description="Saves in a row that may fail; one more ends the run.")
+    staging_dir: str | None = Field(
+        None, description="Folder on each node's own disk, to write to first; null: straight to checkpoint.dir."
+    )
+    upload: str | None = Field(None, description="URL of a folder that finished checkpoints are copied to.")
+    trust_others: bool = Field(False, description="Also load what other users own or could have changed.")
 
 
 class MonitorConfig(Section):

@@ -1,4 +1,4 @@
-"""Times and sizes as people write them in a config: "10m", "500ms", "5GB".
+"""Times, sizes and intervals as people write them in a config: "10m", "500ms", "5GB", 500 or "auto".
 
 Pure text to number; knows nothing of sections or files.
 """
@@ -6,7 +6,7 @@ Pure text to number; knows nothing of sections or files.
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -48,6 +48,13 @@ def parse_bytes(value: Any) -> int:
     return round(_scaled(value, BYTES_PER_UNIT, rule))
 
 
+def parse_save_interval(value: Any) -> Any:
+    """A whole number of steps, or "auto". Raises ValueError with the rule."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError('must be a whole number of steps, at least 0, or "auto"')
+
+
 def _scaled(value: Any, units: Mapping[str, float], rule: str) -> float:
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match is None or match["unit"] not in units:
@@ -60,3 +67,6 @@ Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 """Bytes; a config may say "5GB"."""
+
+SaveInterval = Annotated[int | Literal["auto"], BeforeValidator(parse_save_interval)]
+"""Steps, or "auto"."""

@@ -9,7 +9,6 @@ from pathlib import PurePosixPath
 from gptdist.config.sections import BlendPart, DataConfig
 from gptdist.config.weights import whole_weights
 from gptdist.data.blend import BlendOrder, Phase
-from gptdist.data.fetch import without_secrets
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.manifest import Manifest
 from gptdist.data.order import EpochOrder, WindowOrder
@@ -18,6 +17,7 @@ from gptdist.data.samples import SampleSource
 from gptdist.data.store import Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import ConfigError, CorpusError
+from gptdist.remote import without_secrets
 
 
 def open_stores(data: DataConfig) -> dict[str, Store]:

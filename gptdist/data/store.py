@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from gptdist.data.cache import Filling, Lease, NodeCache
-from gptdist.data.fetch import FetchFailed, Remote, StoredFile, is_url, without_secrets
+from gptdist.data.fetch import FetchFailed, Remote
 from gptdist.errors import CorpusError, GptdistError, StorageError
+from gptdist.remote import StoredFile, is_url, without_secrets
 
 MANIFEST_FILE = "manifest.json"
 

@@ -6,7 +6,7 @@ The seam between everything above (loop, commands) and the two libraries below: 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptdist.checkpoint.logical import Box, fragments_of_range
-from gptdist.checkpoint.tensor_file import Fragment
+from gptdist.checkpoint.snapshot import Fragment
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import Network, build_groups, destroy_groups
@@ -27,6 +27,15 @@ from gptdist.world import World
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What a rank wants all ranks to do after a step; of a report, what any of them wanted."""
+
+    stop: bool = False
+    save: bool = False
+    settle_save: bool = False  # a save in the background failed, and not all may know yet
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One optimizer step, the same on every rank. `loss` is nats per token over the global batch."""
 
@@ -34,7 +43,7 @@ class StepReport:
     grad_norm: float  # before clipping
     skipped: bool  # a loss or gradient was not finite: weights and moments are as before
     loss_scale: float
-    stop_requested: bool
+    wished: Wishes
 
 
 @dataclass(frozen=True)
@@ -126,24 +135,26 @@ class TrainEngine(InferenceEngine):
         self.zero = ZeroOptimizer(self.network, optimizer, parallel, train, world.local_rank)
 
     def train_step(
-        self, micro_batches: Tensor, learning_rate: float, step: int, stop_requested: bool = False
+        self, micro_batches: Tensor, learning_rate: float, step: int, wishes: Wishes | None = None
     ) -> StepReport:
         """One optimizer step over this data rank's micro-batches [count, micro batch, sequence + 1] int64.
 
         `step` keys dropout. A non-finite loss or gradient anywhere leaves every weight and moment as it was.
-        `stop_requested`: this rank's wish; the report says whether any rank has it, at no collective of its own.
+        `wishes`: this rank's; the report says which ones any rank had, at no collective of their own.
         """
         self.network.seed_dropout(self.seed, step)
         loss, result = self.zero.step(micro_batches, learning_rate)
-        mine = torch.stack([loss.detach().double(), torch.zeros_like(loss, dtype=torch.float64)])
-        if self.groups.tensor_rank or not self.groups.is_last_stage:
-            mine.zero_()
-        mine[1] = float(stop_requested)
+        flags = astuple(wishes or Wishes())
+        mine = torch.zeros(1 + len(flags), dtype=torch.float64)
+        mine[1:] = torch.tensor(flags)
+        mine = mine.to(self.network.device)
+        if self.groups.is_last_stage and not self.groups.tensor_rank:
+            mine[0] = loss.detach()
         dist.all_reduce(mine)
-        loss_sum, stops = mine.tolist()
+        loss_sum, *wished = mine.tolist()
         total = loss_sum / self.layout.data
         skipped = result.skipped or not math.isfinite(total)
-        return StepReport(total, result.grad_norm, skipped, result.loss_scale, stops > 0)
+        return StepReport(total, result.grad_norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)))
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""

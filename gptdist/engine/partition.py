@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from gptdist.checkpoint.logical import Box, FlatFragment, Piece, fragments_of_range
+from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.snapshot import as_tensor
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -23,6 +25,17 @@ class StateSource(Protocol):
     def read(self, name: str, box: Box) -> Tensor:
         """The `box` of `kind/logical name`, contiguous."""
         ...
+
+
+class TensorSource:
+    """A checkpoint as a source of torch tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """`box` (default: all) of a logical tensor, contiguous, on the CPU, owned by the caller."""
+        return as_tensor(self._checkpoint.read(name, box), self._checkpoint.dtype(name))
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,29 @@
 """The training loop: what happens in each step, and between steps.
 
-Knows the order of things and nothing of how they are done: the engine takes the step, the loader has the batch, `save`,
-`evaluate` and `sample` are handed in. Every decision is taken alike on all ranks.
+Knows the order of things and nothing of how they are done: the engine takes the step, the loader has the batch, the
+saver saves, `state`, `evaluate` and `sample` are handed in. Every decision is taken alike on all ranks: what one rank
+alone wishes rides on the step's all-reduce.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from gptdist.checkpoint.saver import CheckpointSaver
 from gptdist.config.sections import CheckpointConfig, MonitorConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from gptdist.data.corpora import short_names
 from gptdist.data.loader import BatchLoader
 from gptdist.data.samples import SampleSource
-from gptdist.engine.engine import StepReport, TrainEngine
+from gptdist.engine.engine import StepReport, TrainEngine, Wishes
 from gptdist.monitor.sinks import Sinks
 from gptdist.monitor.throughput import Throughput, memory_bytes
 from gptdist.train.guards import SkipCounter, StopSignals, find_stop_file, take_stop_file
 from gptdist.train.lost_shards import AgreeingLoader
 from gptdist.train.progress import Progress
+from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, learning_rate, total_samples
 
 
@@ -37,7 +42,7 @@ class Sections:
 class Actions:
     """What the loop does between steps; each is called by all ranks. None: the run has no such thing."""
 
-    save: Callable[[Progress], Path]
+    state: Callable[[Progress, float | None], dict[str, Any]]  # of a checkpoint; the loss of this step's evaluation
     evaluate: Callable[[Progress], Mapping[str, float]] | None
     sample: Callable[[], str] | None
 
@@ -51,6 +56,8 @@ class TrainLoop:
         loader: BatchLoader | AgreeingLoader,
         sections: Sections,
         actions: Actions,
+        saver: CheckpointSaver,
+        save_clock: SaveClock,
         progress: Progress,
         sinks: Sinks,
         throughput: Throughput,
@@ -60,12 +67,16 @@ class TrainLoop:
         self.loader = loader
         self.sections = sections
         self.actions = actions
+        self.saver = saver
+        self.save_clock = save_clock
         self.progress = progress
         self.sinks = sinks
         self.throughput = throughput
         self.run_dir = run_dir
         self.is_first = engine.groups.global_rank == 0
         self._saved_step = progress.step if progress.step else None
+        self._measured_step: int | None = None  # of the last save whose times were taken
+        self._evaluation: tuple[int, float | None] = (-1, None)  # step, loss
         self._skips = SkipCounter(sections.train.max_skipped_steps, progress.skipped_in_a_row, progress.skipped_total)
 
     def run(self) -> str | None:
@@ -77,30 +88,36 @@ class TrainLoop:
         reason = None
         with StopSignals() as signals:
             while self.progress.step < train.steps and reason is None:
-                reason = self._step(signals)
-                self._between_steps(last=self.progress.step == train.steps)
-        self._save()
+                report, reason = self._step(signals)
+                self._between_steps(report, last=self.progress.step == train.steps)
+            # Signals are still only noted: a second one must not end the save that the first one asked for.
+            self._save()
+            self._finish_saving()
         return reason
 
-    def _step(self, signals: StopSignals) -> str | None:
-        """One optimizer step; the reason to stop after it, if there is one."""
+    def _step(self, signals: StopSignals) -> tuple[StepReport, str | None]:
+        """One optimizer step; and the reason to stop after it, if there is one."""
         progress, train = self.progress, self.sections.train
         started = time.perf_counter()
         batch = self.loader.next()
         step = progress.step + 1
         rate = learning_rate(step, self.sections.optimizer, self.sections.schedule, train.steps)
         # Only rank 0 looks for the file: a shared disk must not be asked by thousands of ranks.
-        wished = signals.requested is not None or (self.is_first and find_stop_file(self.run_dir) is not None)
-        report = self.engine.train_step(batch.tokens, rate, step, stop_requested=wished)
+        wishes = Wishes(
+            stop=signals.requested is not None or (self.is_first and find_stop_file(self.run_dir) is not None),
+            save=self.is_first and self.save_clock.is_due(),
+            settle_save=self.saver.poll(),
+        )
+        report = self.engine.train_step(batch.tokens, rate, step, wishes)
         progress.step = step
         progress.samples += batch.global_batch_size
         progress.loss = report.loss
         tokens = batch.global_batch_size * self.engine.model.sequence_length
         self.throughput.update(tokens, time.perf_counter() - started, batch.wait_seconds)
         self._note(report, rate)
-        if report.stop_requested:
-            return self._stop_reason(signals)
-        return f"train.stop_after ({step})" if step == train.stop_after and step < train.steps else None
+        if report.wished.stop:
+            return report, self._stop_reason(signals)
+        return report, f"train.stop_after ({step})" if step == train.stop_after and step < train.steps else None
 
     def _note(self, report: StepReport, rate: float) -> None:
         progress, train = self.progress, self.sections.train
@@ -125,6 +142,7 @@ class TrainLoop:
             **self.throughput.interval(remaining),
             **epoch_values(self.loader.source, progress.samples),
             **self.loader.source.passed_over(),
+            **self._save_values(),
         }
         if self._skips.total:
             values["train/skipped_steps"] = float(self._skips.total)
@@ -132,23 +150,67 @@ class TrainLoop:
             values["train/loss_scale"] = report.loss_scale
         self.sinks.log(progress.step, values)
 
-    def _between_steps(self, last: bool) -> None:
-        step = self.progress.step
+    def _between_steps(self, report: StepReport, last: bool) -> None:
+        step, interval = self.progress.step, self.sections.checkpoint.interval
+        if report.wished.settle_save:
+            self._settle_save()
         if last or _due(step, self.sections.train.eval_interval):
             self._evaluate()
         if self.actions.sample and _due(step, self.sections.monitor.sample_interval):
             self.sinks.text(step, "sample", self.actions.sample())
-        if _due(step, self.sections.checkpoint.interval):
+        if report.wished.save or (interval != "auto" and _due(step, interval)):
             self._save()
 
     def _evaluate(self) -> None:
         if self.actions.evaluate:
-            self.sinks.log(self.progress.step, self.actions.evaluate(self.progress))
+            values = self.actions.evaluate(self.progress)
+            self._evaluation = (self.progress.step, values.get("eval/loss"))
+            self.sinks.log(self.progress.step, values)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self._saved_step != self.progress.step:
-            self.actions.save(self.progress)
-            self._saved_step = self.progress.step
+        step = self.progress.step
+        if self._saved_step == step:
+            return
+        self.save_clock.began()
+        loss = self._evaluation[1] if self._evaluation[0] == step else None
+        self.saver.save(step, self.engine.fragments(), self.actions.state(self.progress, loss))
+        self._saved_step = step
+        if not self.saver.background and self.saver.poll():
+            self._settle_save()
+
+    def _settle_save(self) -> None:
+        """A save failed, and all ranks know: end the run, or say so and go on."""
+        outcome = self.saver.settle()
+        assert outcome.error is not None
+        allowed = self.sections.checkpoint.max_failed_saves
+        if outcome.failed_in_a_row > allowed:
+            raise outcome.error
+        if self.is_first:
+            print(
+                f"warning: step {outcome.step} was not saved, training goes on ({outcome.failed_in_a_row} in a row; "
+                f"checkpoint.max_failed_saves allows {allowed}): {outcome.error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _finish_saving(self) -> None:
+        """Nobody may say "saved" before the last save is over and good; that one has no next one to make up for it."""
+        last = self.saver.wait()
+        if last is not None and last.error is not None:
+            raise last.error
+        while self.saver.poll():
+            self._settle_save()
+
+    def _save_values(self) -> dict[str, float]:
+        """What the last save took, once."""
+        last = self.saver.last
+        if last is None or last.error is not None or last.step == self._measured_step:
+            return {}
+        self._measured_step = last.step
+        self.save_clock.measured(last.stall_seconds, last.seconds)
+        return {"checkpoint/stall_seconds": last.stall_seconds, "checkpoint/save_seconds": last.seconds}
 
     def _stop_reason(self, signals: StopSignals) -> str:
         if self.is_first and find_stop_file(self.run_dir) is not None:

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from gptdist.checkpoint.average import AVERAGED_FROM
+from gptdist.checkpoint.retention import EVALUATION_LOSS
 from gptdist.comms import Comms
 from gptdist.config.load import resolved_dict
 from gptdist.config.sections import ModelConfig, RunConfig
 from gptdist.data.corpora import blend_phases
-from gptdist.data.fetch import without_secrets
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError, CorpusError
 from gptdist.model.parameters import logical_shapes
+from gptdist.remote import without_secrets
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
 
@@ -36,12 +38,18 @@ class Progress:
 
 
 def run_state(
-    progress: Progress, config: RunConfig, layout: str, manifests: Mapping[str, Manifest], engine: dict[str, Any]
+    progress: Progress,
+    config: RunConfig,
+    layout: str,
+    manifests: Mapping[str, Manifest],
+    engine: dict[str, Any],
+    evaluation_loss: float | None = None,
 ) -> dict[str, Any]:
     """The JSON that stands in a checkpoint's manifest. Random state is a key (train.seed, step), so the seed is all of
-    it."""
+    it. `evaluation_loss`: of the evaluation at this very step, if there was one."""
     return {
         **dataclasses.asdict(progress),
+        EVALUATION_LOSS: evaluation_loss,
         "tokens": progress.samples * config.model.sequence_length,
         "layout": layout,
         "engine": engine,
@@ -97,6 +105,15 @@ def check_same_on_all_ranks(identity: dict[str, Any], names: Sequence[str], comm
         raise CorpusError(
             f"Not all ranks have the same corpus: on rank {other}, {', '.join(names)} has another index or another "
             "tokenizer than on rank 0. Copy the same corpus to every node, or put it where all can read it."
+        )
+
+
+def check_resumable(state: dict[str, Any], where: str) -> None:
+    """Raises CheckpointError for a checkpoint that has weights alone."""
+    if AVERAGED_FROM in state:
+        raise CheckpointError(
+            f"{where} cannot be resumed: it is the mean of the weights of {len(state[AVERAGED_FROM])} checkpoints, "
+            "without optimizer state. Begin a new run with it (checkpoint.start_from), or resume one of those."
         )
 
 

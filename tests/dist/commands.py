@@ -68,9 +68,9 @@ class Ended:
         """The `error: ...` lines."""
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
-    def one_error(self, *words: str) -> None:
-        """Exit 2, one error with all of `words` in it, no traceback."""
-        self.expect(2)
+    def one_error(self, *words: str, code: int = 2) -> None:
+        """Exit `code`, one error with all of `words` in it, no traceback."""
+        self.expect(code)
         if len(self.errors) != 1 or "Traceback" in self.err or not all(word in self.errors[0] for word in words):
             raise AssertionError(f"not one error with {words}:\n{self.err}")
 
@@ -208,10 +208,7 @@ def open_last(run_dir: Path) -> Checkpoint:
 def state_bytes(run_dir: Path) -> dict[str, bytes]:
     """Every logical tensor of the newest checkpoint as bytes."""
     with open_last(run_dir) as checkpoint:
-        return {
-            name: checkpoint.read(name).reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-            for name in checkpoint.names()
-        }
+        return {name: checkpoint.read(name).tobytes() for name in checkpoint.names()}
 
 
 def tree(folder: Path) -> dict[str, bytes]:

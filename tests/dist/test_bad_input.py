@@ -204,9 +204,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_is_never_step_0(
             _flip_a_bit(run_dir / "checkpoints" / name)
     before = tree(run_dir)
     ended = commands.train(run_dir, train__steps=9)
-    ended.one_error("none of them is good")
+    ended.one_error("none of them is good", code=1)
     assert "sha256" in ended.err and tree(run_dir) == before
-    commands.run("generate", run_dir).one_error("none of them is good")
+    commands.run("generate", run_dir).one_error("none of them is good", code=1)
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])

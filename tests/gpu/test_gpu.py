@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.snapshot import to_host
 from gptdist.checkpoint.write import save_checkpoint
 from gptdist.comms import Comms
 from gptdist.engine.engine import TrainEngine
+from gptdist.engine.partition import TensorSource
 from gptdist.train.sample import generate
 from gptdist.world import World
 from tests.dist.cases import CLASSIC, LEARNING_RATE, MODELS, NEWLINE, Case, batch_of, engine_of, train, train_steps
@@ -180,7 +182,7 @@ def train_and_save(world: World, case: Case, folder: str) -> str:
     """Three steps and a checkpoint; the digest of what was saved."""
     with engine_of(case, world) as engine:
         train_steps(engine, case, world, range(1, 4))
-        save_checkpoint(Path(folder), 3, engine.fragments(), engine.state(), Comms(world))
+        save_checkpoint(Path(folder), 3, to_host(engine.fragments()), engine.state(), Comms(world))
         return digest(engine)
 
 
@@ -188,7 +190,7 @@ def load(world: World, case: Case, path: str) -> str:
     """The digest of the state as loaded; the step that follows must be a sound one."""
     with engine_of(case, world) as engine:
         with Checkpoint.open(Path(path), verify=True) as checkpoint:
-            engine.read(checkpoint, checkpoint.state)
+            engine.read(TensorSource(checkpoint), checkpoint.state)
         engine.refresh()
         loaded = digest(engine)
         report = engine.train_step(batch_of(case, world, 4), LEARNING_RATE, 4)

@@ -14,10 +14,11 @@ from gptdist.checkpoint import tensor_file
 from gptdist.checkpoint.listing import list_checkpoints
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.read import Checkpoint, find_latest
-from gptdist.checkpoint.tensor_file import Fragment
-from gptdist.checkpoint.write import save_checkpoint
+from gptdist.checkpoint.retention import Retention
+from gptdist.checkpoint.snapshot import Fragment, to_host
+from gptdist.checkpoint.write import SaveOptions, save_checkpoint
 from gptdist.comms import Comms
-from gptdist.errors import CheckpointError
+from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.world import World
 
 ONE_RANK = Comms(World())
@@ -32,7 +33,7 @@ def save(folder, step, keep=None):
         Fragment("weight/b", (3,), Box.whole((3,)), torch.full((3,), step, dtype=torch.bfloat16)),
     ]
     state = {"samples": 8 * step, "loss": 1.5, "layout": "DP 1"}
-    return save_checkpoint(folder, step, parts, state, ONE_RANK, keep)
+    return save_checkpoint(folder, step, to_host(parts), state, ONE_RANK, SaveOptions(Retention(keep)))
 
 
 def rewrite_manifest(path, change):
@@ -128,7 +129,9 @@ def test_a_link_is_no_file_of_a_checkpoint(tmp_path):
     ("change", "message"),
     [
         (lambda m: m.update(format="other"), "format is 'other'"),
-        (lambda m: m.update(version=2), "format version 2, but this gptdist reads version 1"),
+        (lambda m: m.update(version=1), "format version 1, but this gptdist reads version 2"),
+        (lambda m: m.update(version=3), "format version 3, but this gptdist reads version 2"),
+        (lambda m: m["tensors"]["weight/w"].update(digest="x"), "'x' is not a digest"),
         (lambda m: m.pop("state"), "not a manifest: KeyError: 'state'"),
         (lambda m: m.update(state=[]), "state is not an object"),
         (lambda m: m.update(tensors=[]), "not a manifest: AttributeError"),
@@ -149,7 +152,7 @@ def test_a_manifest_that_breaks_a_rule_is_refused(tmp_path, change, message):
 
 def test_later_writers_may_add_keys(tmp_path):
     path = save(tmp_path, 1)
-    rewrite_manifest(path, lambda m: (m.update(new=1), m["tensors"]["weight/w"].update(digest="x")))
+    rewrite_manifest(path, lambda m: (m.update(new=1), m["tensors"]["weight/w"].update(new="x")))
     assert float(Checkpoint.open(path, verify=True).read("weight/w").sum()) == 24
 
 
@@ -179,7 +182,7 @@ def test_a_file_that_is_no_safetensors_is_refused_when_read(tmp_path):
 def test_a_foreign_safetensors_file_is_no_file_of_fragments(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="not a file of fragments"):
-        tensor_file.read_stored_fragments(tmp_path / "x.safetensors")
+        tensor_file.read_fragment_places(tmp_path / "x.safetensors")
 
 
 def test_loading_falls_back_and_says_why(tmp_path):
@@ -195,7 +198,7 @@ def test_loading_falls_back_and_says_why(tmp_path):
     assert all("\n" not in line for line in found.skipped)
     shutil.rmtree(tmp_path / "step-00000001")
     with pytest.raises(
-        CheckpointError, match=r"has 2 checkpoint\(s\), but none of them is good:\n  step-00000003: .*10 b"
+        NoGoodCheckpoint, match=r"has 2 checkpoint\(s\), but none of them is good:\n  step-00000003: .*10 b"
     ):
         find_latest(tmp_path)
 

@@ -120,6 +120,34 @@ RAMP = {"start": 4, "increment": 2, "samples": 100}
         ({"schedule__kind": "wsd", "schedule__warmup_steps": 801}, 1, "reaches into the decay"),
         ({"schedule__min_learning_rate": 1e-3}, 1, "is above optimizer.learning_rate (0.0003), the peak"),
         ({"train__stop_after": 1001}, 1, "train.stop_after (1001) is above train.steps (1000)"),
+        (
+            {"checkpoint__interval": "auto", "checkpoint__interval_minutes": 5.0},
+            1,
+            "checkpoint.interval auto chooses the time between saves, and checkpoint.interval_minutes (5) sets it.",
+        ),
+        ({"checkpoint__node_mtbf": "10d"}, 1, "checkpoint.node_mtbf (864000 s) is for checkpoint.interval: auto"),
+        (
+            {"checkpoint__keep_best": 2},
+            1,
+            "(500) must be a multiple of train.eval_interval (200). Use checkpoint.interval 400 or 600, or",
+        ),
+        (
+            {"checkpoint__keep_best": 2, "train__eval_interval": 0},
+            1,
+            "a multiple of train.eval_interval (0). Use train.eval_interval: 500",
+        ),
+        ({"checkpoint__keep_best": 2, "checkpoint__interval": "auto"}, 1, "and checkpoint.interval saves by the clock"),
+        (
+            {"checkpoint__keep_best": 2, "checkpoint__interval_minutes": 9.0},
+            1,
+            "and checkpoint.interval_minutes saves by the clock",
+        ),
+        (
+            {"checkpoint__staging_dir": "a/b/", "checkpoint__dir": "a/b"},
+            1,
+            "checkpoint.staging_dir (a/b/) is checkpoint.dir.",
+        ),
+        ({"checkpoint__upload": "bucket/runs"}, 1, "checkpoint.upload (bucket/runs) is no URL. Write s3://"),
     ],
 )
 def test_each_rule_alone(settings: dict[str, Any], world_size: int, expected: str) -> None:

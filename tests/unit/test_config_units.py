@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptdist.config.units import BYTES_PER_UNIT, SECONDS_PER_UNIT, parse_bytes, parse_duration
+from gptdist.config.units import BYTES_PER_UNIT, SECONDS_PER_UNIT, parse_bytes, parse_duration, parse_save_interval
 
 
 @given(st.integers(1, 10**6), st.sampled_from(sorted(SECONDS_PER_UNIT)), st.sampled_from(["", " "]))
@@ -34,3 +34,10 @@ def test_bad_times_raise_the_rule(bad: object) -> None:
 def test_bad_sizes_raise_the_rule(bad: object) -> None:
     with pytest.raises(ValueError, match="must be a size such as"):
         parse_bytes(bad)
+
+
+def test_save_intervals() -> None:
+    assert [parse_save_interval(value) for value in (0, 500, "auto")] == [0, 500, "auto"]
+    for bad in (-1, 2.5, True, "soon", "5", None):
+        with pytest.raises(ValueError, match='a whole number of steps, at least 0, or "auto"'):
+            parse_save_interval(bad)

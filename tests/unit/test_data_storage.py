@@ -21,14 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptdist.data import fetch
+from gptdist import remote as fetch
 from gptdist.data.cache import NodeCache, default_folder
-from gptdist.data.fetch import FetchFailed, Remote, file_url, is_permanent, reason_of, without_secrets
+from gptdist.data.fetch import FetchFailed, Remote
 from gptdist.data.manifest import Manifest, ShardInfo
 from gptdist.data.reader import TokenReader
 from gptdist.data.store import CachedStore, LocalStore, Store, StoreSettings, open_store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.errors import CorpusError, StorageError
+from gptdist.remote import file_url, is_permanent, reason_of, without_secrets
 from tests.unit.corpora import write_corpus
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
