@@ -44,12 +44,24 @@ class NoGoodCheckpoint(GptdistError):
     """There are checkpoints, but not one of them is good; the message lists them."""
 
 
+class GenerationError(UserError):
+    """Text cannot be generated as asked: a prompt longer than the context, settings that exclude each other."""
+
+
+class ExchangeError(UserError):
+    """A model that another system's format cannot hold, or a folder in such a format that is not understood."""
+
+
 class LaunchError(UserError):
     """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
 
 
 class StorageError(UserError):
     """A disk is full or a folder cannot be written."""
+
+
+class NotConformant(GptdistError):
+    """What was exported does not compute what our model computes."""
 
 
 class RankFailed(GptdistError):

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,8 +60,12 @@ def build_parser() -> Parser:
     _add_train(parser, commands)
     _add_data(parser, commands)
     _add_generate(parser, commands)
+    _add_serve(parser, commands)
     _add_eval(parser, commands)
+    _add_export(parser, commands)
+    _add_import(parser, commands)
     _add_ckpt(parser, commands)
+    _add_drill(parser, commands)
     _add(parser, commands, "doctor", "what this machine has, and what that means for training")
     return parser
 
@@ -171,14 +176,48 @@ def _add_data_order(data: Parser, subcommands: Any) -> None:
 
 def _add_generate(parser: Parser, commands: Any) -> None:
     generate = _add(parser, commands, "generate", "continue a prompt with a trained model")
-    generate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
-    generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    _add_model(generate)
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; - reads standard input")
     generate.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens to add (default: 64)")
-    generate.add_argument(
-        "--temperature", type=_temperature, default=0.8, metavar="T", help="0: likeliest (default: 0.8)"
+    generate.add_argument("--tensor", type=_positive, default=1, metavar="N", help="split the model over N ranks here")
+    drawing = generate.add_argument_group("drawing")
+    drawing.add_argument("--temperature", type=_temperature, metavar="T", help="0: likeliest (default: 0.8)")
+    drawing.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K likeliest tokens only")
+    drawing.add_argument(
+        "--top-p", type=_top_p, metavar="P", help="and from the likeliest that together have probability P"
     )
-    generate.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K likeliest tokens only")
-    generate.add_argument("--seed", type=int, default=1234, metavar="N")
+    drawing.add_argument("--seed", type=int, default=1234, metavar="N", help="key of the draws (default: 1234)")
+    searching = generate.add_argument_group("searching instead")
+    searching.add_argument("--beams", type=_positive, default=1, metavar="N", help="follow the N likeliest texts")
+    searching.add_argument(
+        "--length-penalty",
+        type=_temperature,
+        default=1.0,
+        metavar="A",
+        help="score: log-probability / tokens ** A (default: 1)",
+    )
+    searching.add_argument(
+        "--no-repeat", type=_from_zero, default=0, metavar="N", help="no N tokens in a row twice (default: 0, allowed)"
+    )
+
+
+def _add_model(command: Parser) -> None:
+    command.add_argument(
+        "path",
+        type=Path,
+        metavar="MODEL",
+        help="a run's folder, its checkpoints folder, one step-... folder, or a Hugging Face folder",
+    )
+    command.add_argument("--trust-others", action="store_true", help="also what other users own or may write")
+
+
+def _add_serve(parser: Parser, commands: Any) -> None:
+    serve = _add(parser, commands, "serve", "a small server of OpenAI's protocol, and a page, to try a model with")
+    _add_model(serve)
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    serve.add_argument("--name", metavar="NAME", help="what clients call the model (default: its folder's name)")
+    serve.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask clients for the key in FILE")
 
 
 def _add_eval(parser: Parser, commands: Any) -> None:
@@ -188,6 +227,53 @@ def _add_eval(parser: Parser, commands: Any) -> None:
         "--corpus", type=_corpus, metavar="CORPUS", help="folder or URL (default: the one it was trained on)"
     )
     evaluate.add_argument("--samples", type=_positive, metavar="N", help="held-out windows (default: all)")
+
+
+def _add_export(parser: Parser, commands: Any) -> None:
+    export = _add(
+        parser, commands, "export", "a checkpoint as a folder that other tools load, proven to compute the same"
+    )
+    export.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder, new or empty; of gguf the file, new"
+    )
+    export.add_argument(
+        "--format",
+        choices=("hf", "gguf"),
+        default="hf",
+        help="hf: a folder as Hugging Face's (default); gguf: a file for llama.cpp",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "q8_0"),
+        default="fp32",
+        help="of the weights (default: fp32); q8_0, of gguf alone: 8 bits, the perplexity measured",
+    )
+    export.add_argument(
+        "--corpus", type=_corpus, metavar="CORPUS", help="q8_0: held-out text to measure on (default: the run's)"
+    )
+    export.add_argument(
+        "--samples", type=_positive, metavar="N", help="q8_0: held-out windows (default: train.eval_samples)"
+    )
+    export.add_argument(
+        "--max-shard-size", type=_bytes, default=5_000_000_000, metavar="SIZE", help="of one file (default: 5GB)"
+    )
+    export.add_argument("--trust-others", action="store_true", help="also take what other users own or may write")
+    export.add_argument(
+        "--no-proof", dest="proof", action="store_false", help="do not run probe tokens through both models"
+    )
+
+
+def _add_import(parser: Parser, commands: Any) -> None:
+    importing = _add(parser, commands, "import", "a Hugging Face model's folder as a run's first checkpoint")
+    importing.add_argument("path", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
+    importing.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="must not exist, or be empty")
+    importing.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.json or `bytes`, where the folder has none, or not the right one"
+    )
+    importing.add_argument(
+        "--sequence-length", type=_positive, metavar="N", help="a shorter context than the model's (default: all of it)"
+    )
 
 
 def _add_ckpt(parser: Parser, commands: Any) -> None:
@@ -215,6 +301,25 @@ def _add_ckpt(parser: Parser, commands: Any) -> None:
     )
     for command in (listing, verify, diff, reshard, average, copying):
         command.add_argument("--trust-others", action="store_true", help="also take what other users own or may write")
+
+
+def _add_drill(parser: Parser, commands: Any) -> None:
+    drill = _add(parser, commands, "drill", "faults on purpose, and what came of them: checkpoint")
+    checkpoint = _add(
+        drill,
+        drill.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
+        "checkpoint",
+        "kill, starve and damage saves and checkpoints",
+    )
+    checkpoint.add_argument("--ranks", type=_positive, default=2, metavar="N", help="ranks that save (default: 2)")
+    checkpoint.add_argument("--kills", type=_positive, default=100, metavar="N", help="kills at random moments")
+    checkpoint.add_argument("--flips", type=_positive, default=200, metavar="N", help="flipped bits")
+    checkpoint.add_argument("--truncations", type=_positive, default=60, metavar="N", help="truncated files")
+    checkpoint.add_argument("--seed", type=int, default=1234, metavar="N", help="of moments and places")
+    checkpoint.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where (default: temporary)"
+    )
+    checkpoint.add_argument("--out", type=Path, metavar="FILE", help="also write the certificate as JSON")
 
 
 def _add(parent: Parser, commands: Any, name: str, summary: str) -> Parser:
@@ -250,6 +355,14 @@ def _from_zero(text: str) -> int:
 
 def _temperature(text: str) -> float:
     return float(_typed(float, text, lambda value: 0 <= value < float("inf"), "must be a number of at least 0"))
+
+
+def _top_p(text: str) -> float:
+    return float(_typed(float, text, lambda value: 0 < value <= 1, "must be a number above 0 and at most 1"))
+
+
+def _port(text: str) -> int:
+    return int(_typed(int, text, lambda value: 0 <= value <= 65535, "must be a port, 0 to 65535"))
 
 
 def _corpus(text: str) -> Path | str:

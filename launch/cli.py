@@ -28,13 +28,17 @@ HANDLERS = {
     "data index": "launch.data:index",
     "data order": "launch.data_order:main",
     "generate": "launch.generate:main",
+    "serve": "launch.serve:main",
     "eval": "launch.evaluate:main",
+    "export": "launch.export:main",
+    "import": "launch.import_model:main",
     "ckpt list": "launch.ckpt:list_all",
     "ckpt verify": "launch.ckpt:verify",
     "ckpt diff": "launch.ckpt_rewrite:diff",
     "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
     "ckpt average": "launch.ckpt_rewrite:average_some",
     "ckpt copy": "launch.ckpt_copy:main",
+    "drill checkpoint": "launch.drill:checkpoint",
     "doctor": "launch.doctor:main",
 }
 

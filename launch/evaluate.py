@@ -15,7 +15,7 @@ def main(args: argparse.Namespace) -> int:
     """Print a line of figures for each corpus."""
     with open_trained(args.path) as trained, ExitStack() as closing:
         length = trained.config.model.sequence_length
-        for reader in _open_validation(trained, args.corpus, closing):
+        for reader in open_validation(trained, args.corpus, closing):
             windows = reader.num_windows(length)
             samples = min(args.samples or windows, windows)
             values = held_out_values(trained.engine, reader, samples, trained.config.train.micro_batch_size)
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _open_validation(trained: Trained, corpus: Path | str | None, closing: ExitStack) -> list[TokenReader]:
+def open_validation(trained: Trained, corpus: Path | str | None, closing: ExitStack) -> list[TokenReader]:
     """The corpus given, else those of the run that have held-out text enough; at least one."""
     data = trained.config.data
     if corpus:

@@ -21,7 +21,7 @@ from gptdist.world import World
 from launch.forked_rank import FORWARDED, Target, run_as_rank
 from launch.relay import LineRelay
 from launch.rendezvous import LOOPBACK, open_listener
-from launch.verdict import EXIT_INTERRUPTED
+from launch.verdict import EXIT_INTERRUPTED, Verdict
 from launch.watch import RunningRank, Watch, kill_ranks
 
 ENGINES = ("gptdist.engine.engine",)
@@ -60,6 +60,26 @@ def launch_local(
 ) -> int:
     """Run `target(world, payload)` on `nproc` forked ranks; returns the exit code of the run, its error shown once.
 
+    The arguments are those of `run_local`.
+    """
+    verdict = run_local(nproc, target, payload, preload=preload, port=port, timeout_seconds=timeout_seconds)
+    for text in (verdict.traceback.rstrip(), f"error: {verdict.message}" if verdict.message else ""):
+        if text:
+            print(text, file=sys.stderr, flush=True)
+    return verdict.exit_code
+
+
+def run_local(
+    nproc: int,
+    target: str | Target,
+    payload: Any = None,
+    *,
+    preload: Sequence[str] = (),
+    port: int = 0,
+    timeout_seconds: float | None = None,
+) -> Verdict:
+    """Run `target(world, payload)` on `nproc` forked ranks; how the run ended, which is not shown.
+
     `target`: a function, or `module:function`, imported in the ranks. `payload` needs no serialising. `preload`:
     modules to import before the fork (those that fail are left to the ranks, which then say why). `port`: where the
     ranks meet, 0 for a free one. `timeout_seconds`: end the ranks after this long. Call it from the main thread. Raises
@@ -73,15 +93,11 @@ def launch_local(
                 meeting = World(world_size=nproc, local_world_size=nproc, master_port=listener.getsockname()[1])
                 ranks = _fork_all(meeting, target, payload, listener.fileno(), threads, signals)
         except _Stopped as stop:
-            return EXIT_INTERRUPTED if stop.number == signal.SIGINT else EXIT_RESUMABLE
+            return Verdict(EXIT_INTERRUPTED if stop.number == signal.SIGINT else EXIT_RESUMABLE)
         try:
-            verdict = Watch(ranks, signals.wakeup_fd, signals.pending, timeout_seconds).run()
+            return Watch(ranks, signals.wakeup_fd, signals.pending, timeout_seconds).run()
         finally:
             kill_ranks(ranks)
-    for text in (verdict.traceback.rstrip(), f"error: {verdict.message}" if verdict.message else ""):
-        if text:
-            print(text, file=sys.stderr, flush=True)
-    return verdict.exit_code
 
 
 def available_cores() -> int:

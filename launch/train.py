@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from gptdist.checkpoint.read import Checkpoint
 from gptdist.checkpoint.saver import CheckpointSaver
 from gptdist.checkpoint.write import set_aside_checkpoints
 from gptdist.comms import Comms
@@ -27,7 +26,6 @@ from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
 from gptdist.engine.engine import TrainEngine
-from gptdist.engine.partition import TensorSource
 from gptdist.engine.zero_config import memory_note
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
 from gptdist.layout import Layout
@@ -41,12 +39,8 @@ from gptdist.train.loop import Actions, Sections, TrainLoop
 from gptdist.train.lost_shards import AgreeingLoader, lose_alike
 from gptdist.train.progress import (
     Progress,
-    check_resumable,
-    check_same_data,
-    check_same_model,
     check_same_on_all_ranks,
     data_identity,
-    restored_progress,
     run_state,
 )
 from gptdist.train.sample import generate
@@ -56,13 +50,12 @@ from gptdist.world import World
 from launch.rendezvous import join, leave
 from launch.saving import (
     check_room,
-    check_upload_is_new,
     checkpoints_dir,
-    find_checkpoint,
     note_verified,
     open_saver,
     open_uploader,
 )
+from launch.take_up import Start, take_up
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -155,16 +148,18 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
     end_of_text = data.tokenizer.end_of_text if config.data.mask_documents else None
     engine = TrainEngine(config.model, config.optimizer, config.parallel, config.train, layout, world, end_of_text)
     try:
-        progress, resumed_from = _take_up(config, engine, comms, data, fresh)
+        identity = data_identity(config, data.manifests)
+        start = take_up(config, layout, engine, comms, identity, fresh=fresh)
+        progress = start.progress
         done = progress.step >= config.train.steps
         if not done:
             _check_before_writing(config, layout, engine, comms, data, progress)
             _write_first(loaded, comms, data, fresh)
-            if resumed_from and comms.is_first:
-                note_verified(Path(resumed_from))
+            if start.resumed_from and comms.is_first:
+                note_verified(Path(start.resumed_from))
         if comms.is_first:
-            print(render_run_header(_header(config, layout, engine, data, progress, resumed_from)), flush=True)
-            for note in (*repeat_notes(config, data), memory_note(config.parallel)):
+            print(render_run_header(_header(config, layout, engine, data, start)), flush=True)
+            for note in (*start.notes, *repeat_notes(config, data), memory_note(config.parallel)):
                 if note:
                     print(f"note    {note}", flush=True)
         if done:
@@ -172,7 +167,8 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
         uploader = open_uploader(config, world)
-        saver = open_saver(config, world, Path(resumed_from) if resumed_from else None, uploader)
+        resumed_from = Path(start.resumed_from) if start.resumed_from else None
+        saver = open_saver(config, world, resumed_from, uploader)
         if saver.background:
             with comms.together():
                 saver.prepare(engine.fragments())
@@ -196,31 +192,6 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
         return EXIT_RESUMABLE if stopped else EXIT_DONE
     finally:
         engine.close()
-
-
-def _take_up(
-    config: RunConfig, engine: TrainEngine, comms: Comms, data: RunData, fresh: bool
-) -> tuple[Progress, str | None]:
-    """The newest good checkpoint's state in the engine, or initial weights. Returns where the run is, and from what."""
-    found = None if fresh else find_checkpoint(config, comms)
-    if found is None:
-        if fresh:
-            check_upload_is_new(config, comms)
-        engine.initialise()
-        return Progress(), None
-    if comms.is_first:
-        for reason in found.skipped:
-            print(f"warning: passed over a checkpoint: {reason}", flush=True)
-    with found.checkpoint as checkpoint:
-        check_resumable(checkpoint.state, str(checkpoint.path))
-        check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        current = data_identity(config, data.manifests)
-        consumed = restored_progress(checkpoint.state).samples
-        check_same_data(checkpoint.state["data"], current, consumed, str(checkpoint.path))
-        with comms.together():
-            engine.read(TensorSource(checkpoint), checkpoint.state["engine"])
-        engine.refresh()
-        return restored_progress(checkpoint.state), str(checkpoint.path)
 
 
 def _check_before_writing(
@@ -264,12 +235,6 @@ def _write_first(loaded: LoadedRun, comms: Comms, data: RunData, fresh: bool) ->
             write_run_folder(Path(config.launch.run_dir), loaded, data)
     if moved and comms.is_first:
         print(f"--fresh: earlier checkpoints are now in {moved}", flush=True)
-
-
-def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Logical name -> shape of a checkpoint's weights."""
-    names = checkpoint.names("weight/")
-    return {name.removeprefix("weight/"): checkpoint.shape(name) for name in names}
 
 
 def _build_loader(config: RunConfig, layout: Layout, engine: TrainEngine, data: RunData) -> BatchLoader:
@@ -350,8 +315,7 @@ def _header(
     layout: Layout,
     engine: TrainEngine,
     data: RunData,
-    progress: Progress,
-    resumed_from: str | None,
+    start: Start,
 ) -> RunHeader:
     device = torch.cuda.get_device_name() if engine.network.device.type == "cuda" else "cpu"
     return RunHeader(
@@ -364,9 +328,10 @@ def _header(
         steps=config.train.steps,
         total_samples=total_samples(config.train, config.schedule),
         run_dir=config.launch.run_dir,
-        resumed_from=resumed_from,
-        start_step=progress.step,
-        start_sample=progress.samples,
+        resumed_from=start.resumed_from,
+        begun_with=start.begun_with,
+        start_step=start.progress.step,
+        start_sample=start.progress.samples,
         corpora=corpus_uses(config, data),
     )
 

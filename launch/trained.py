@@ -1,103 +1,135 @@
-"""A trained model from a run folder, a folder of checkpoints, or one checkpoint: what `generate` and `eval` start from.
+"""A trained model, from a run's folder, a checkpoint or a Hugging Face folder: for `generate`, `serve` and `eval`.
 
-One process, no optimizer: the checkpoint is read directly under a layout of one rank, whatever layout wrote it.
+No optimizer. The weights are read directly under the layout asked for (one rank, or the model split over several),
+whatever layout wrote them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 
+from gptdist.checkpoint.logical import Box
+from gptdist.checkpoint.manifest import MANIFEST
 from gptdist.checkpoint.read import Checkpoint, open_newest
 from gptdist.comms import Comms
-from gptdist.config.sections import RunConfig
-from gptdist.data.corpora import corpus_names
+from gptdist.config.check import rule_tensor_divides
+from gptdist.config.sections import LaunchConfig, ParallelConfig, RunConfig
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
-from gptdist.engine.partition import TensorSource
-from gptdist.errors import CheckpointError
+from gptdist.engine.partition import StateSource, TensorSource
+from gptdist.errors import LayoutError
 from gptdist.layout import Layout
-from gptdist.remote import is_url, without_secrets
-from gptdist.train.progress import check_same_model
+from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch.rendezvous import join, leave
-from launch.train import TOKENIZER_FILE, weight_shapes
+from launch.stored import stored_config, stored_tokenizer
+from launch.take_up import weight_shapes
+
+HF_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model ready for inference, and what it was trained as."""
+    """A model ready for inference, and what it was trained as.
+
+    `opening`: ids that its tokenizer puts before every text; none of ours does. `step`: None where nothing says.
+    """
 
     engine: InferenceEngine
     comms: Comms
     config: RunConfig
     tokenizer: CorpusTokenizer
-    step: int
+    step: int | None
     path: Path
+    opening: tuple[int, ...] = ()
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids to continue; at least one: an empty prompt is the beginning of a document, after another's end."""
+        return [*self.opening, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
 
 
 @contextmanager
-def open_trained(path: Path) -> Iterator[Trained]:
-    """Load the newest good checkpoint at `path` (or `path` itself, if it is one). Raises CheckpointError."""
-    with open_checkpoint(path) as checkpoint:
-        config = _config(checkpoint)
+def open_trained(path: Path, world: World | None = None, *, trust_others: bool = False) -> Iterator[Trained]:
+    """Load the newest good checkpoint at `path`, or `path` itself if it is one or a Hugging Face folder.
+
+    All ranks of `world` together, the model split over them. Raises CheckpointError, or LayoutError where it cannot be
+    split so. `trust_others`: also a checkpoint that other users own or may write.
+    """
+    world = world or World()
+    on_gpu = torch.cuda.is_available()
+    comms = join(world, LaunchConfig().timeout, "cuda" if on_gpu else "cpu")
+    try:
+        if (path / HF_CONFIG).is_file() and not (path / MANIFEST).is_file():
+            with _open_folder_of_hugging_face(path, comms, on_gpu) as trained:
+                yield trained
+        else:
+            with _open_our_own(path, comms, on_gpu, trust_others) as trained:
+                yield trained
+    finally:
+        leave()
+
+
+@contextmanager
+def _open_our_own(path: Path, comms: Comms, on_gpu: bool, trust_others: bool) -> Iterator[Trained]:
+    with open_checkpoint(path, comms, trust_others) as checkpoint:
+        config = stored_config(checkpoint)
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        tokenizer = _tokenizer(path, checkpoint, config)
-        on_gpu = torch.cuda.is_available()
-        comms = join(World(), config.launch.timeout, "cuda" if on_gpu else "cpu")
-        # A CPU computes 16-bit matrices slowly and the weights are kept in fp32 anyway.
-        train = config.train if on_gpu else config.train.model_copy(update={"precision": "fp32"})
-        try:
-            end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
-            engine = InferenceEngine(config.model, train, Layout(), World(), end_of_text)
-            try:
-                engine.load_weights(TensorSource(checkpoint))
-                yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
-            finally:
-                engine.close()
-        finally:
-            leave()
+        tokenizer = stored_tokenizer(path, checkpoint, config)
+        end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
+        with _engine(config, TensorSource(checkpoint), comms.world, on_gpu, end_of_text) as engine:
+            yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that `path` means. Raises CheckpointError, naming what was looked for."""
-    found = open_newest(path)
-    for reason in found.skipped:
+@contextmanager
+def _open_folder_of_hugging_face(path: Path, comms: Comms, on_gpu: bool) -> Iterator[Trained]:
+    from gptdist.exchange.read_hf import HuggingFaceSource
+
+    with HuggingFaceSource(path) as source:
+        config = RunConfig(model=source.model)
+        tokenizer = CorpusTokenizer.load(path)
+        with _engine(config, _AsTensors(source), comms.world, on_gpu, None) as engine:
+            yield Trained(engine, comms, config, tokenizer, None, path, tuple(tokenizer.opening()))
+
+
+@contextmanager
+def _engine(
+    config: RunConfig, source: StateSource, world: World, on_gpu: bool, end_of_text: int | None
+) -> Iterator[InferenceEngine]:
+    tensor = world.world_size
+    split = config.model_copy(update={"parallel": ParallelConfig(tensor=tensor)})
+    broken = [rule.text for rule in rule_tensor_divides(split, tensor)]
+    if broken:
+        raise LayoutError(f"The model cannot be split over {tensor} ranks (--tensor {tensor}): {broken[0]}")
+    # A CPU computes 16-bit matrices slowly and the weights are kept in fp32 anyway.
+    train = config.train if on_gpu else config.train.model_copy(update={"precision": "fp32"})
+    engine = InferenceEngine(config.model, train, Layout(world_size=tensor, tensor=tensor), world, end_of_text)
+    try:
+        engine.load_weights(source)
+        yield engine
+    finally:
+        engine.close()
+
+
+class _AsTensors:
+    """A source of arrays as one of tensors."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        return torch.from_numpy(self._source.read(name, box))
+
+
+def open_checkpoint(path: Path, comms: Comms | None = None, trust_others: bool = False) -> Checkpoint:
+    """The checkpoint that `path` means, on all ranks of `comms` (default: this process alone).
+
+    Raises CheckpointError, naming what was looked for.
+    """
+    found = open_newest(path, comms, trust_others=trust_others)
+    for reason in found.skipped if comms is None or comms.is_first else ():
         print(f"warning: passed over a checkpoint: {reason}", flush=True)
     return found.checkpoint
-
-
-def _config(checkpoint: Checkpoint) -> RunConfig:
-    try:
-        return RunConfig.model_validate(checkpoint.state["config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointError(
-            f"{checkpoint.path} was saved by another version of gptdist "
-            f"({checkpoint.state['versions'].get('gptdist')}): its "
-            f"config's {'.'.join(map(str, first['loc']))} is not understood here ({first['msg']}). Use that version."
-        ) from error
-
-
-def _tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
-    """From the run's folder, else from the corpus; it must be the one the model was trained with."""
-    trained_on = checkpoint.state["data"]
-    wanted, end_of_text = trained_on["tokenizer"], trained_on["end_of_text"]
-    places: list[Path | str] = [
-        path / TOKENIZER_FILE,
-        checkpoint.path.parent.parent / TOKENIZER_FILE,
-        Path(config.launch.run_dir) / TOKENIZER_FILE,
-        *corpus_names(config.data),
-    ]
-    for place in places:
-        if is_url(place) or Path(place).exists():
-            tokenizer = CorpusTokenizer.load(place, end_of_text)
-            if tokenizer.sha256 == wanted:
-                return tokenizer
-    raise CheckpointError(
-        f"the tokenizer that {checkpoint.path} was trained with (sha256 {wanted[:12]}...) is in none of "
-        f"{', '.join(without_secrets(str(place)) for place in dict.fromkeys(places))}. Put its file there."
-    )

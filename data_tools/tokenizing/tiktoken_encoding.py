@@ -11,22 +11,11 @@ import numpy as np
 
 from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
-from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.data.tokenizer import BYTE_LETTERS, CorpusTokenizer
 from gptdist.errors import CorpusError
 
 PREFIX = "tiktoken:"
 _CHECKED_WORDS = 1 << 13
-
-
-def _byte_letters() -> list[str]:
-    """The visible character that stands for each byte in a byte-level vocabulary (Radford et al. 2019, GPT-2)."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (value for value in range(256) if value not in shown)
-    letters = {value: chr(0x100 + index) for index, value in enumerate(others)}
-    return [letters.get(value, chr(value)) for value in range(256)]
-
-
-BYTE_LETTERS = _byte_letters()
 
 
 def load_encoding(name: str) -> Any:

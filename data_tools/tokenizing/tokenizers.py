@@ -9,15 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.tokenizing.tiktoken_encoding import (
-    BYTE_LETTERS,
-    PREFIX,
-    check_same_ids,
-    load_encoding,
-    tokenizer_of_encoding,
-)
+from data_tools.tokenizing.tiktoken_encoding import PREFIX, check_same_ids, load_encoding, tokenizer_of_encoding
 from gptdist.data.manifest import TOKENIZER_FILE
-from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.data.tokenizer import BYTE_LETTERS, CorpusTokenizer
 from gptdist.errors import CorpusError
 
 END_OF_TEXT = "<|endoftext|>"

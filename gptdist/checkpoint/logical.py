@@ -127,6 +127,18 @@ def cut_in_order(box: Box, most: int) -> Iterator[Box]:
                 yield Box((low, *inner.start), (low + 1, *inner.stop))
 
 
+def flat_start(outer: Box, inner: Box) -> int | None:
+    """Where in a row-major `outer` the elements of `inner`, a box within it, begin; None where they do not lie
+    together."""
+    start, is_long = 0, False
+    for low, high, first, last in zip(outer.start, outer.stop, inner.start, inner.stop, strict=True):
+        if is_long and (first, last) != (low, high):
+            return None
+        is_long = is_long or last - first > 1
+        start = start * (high - low) + first - low
+    return start
+
+
 def fragments_of_range(
     local_shape: Sequence[int], pieces: Iterable[Piece], start: int, stop: int
 ) -> list[FlatFragment]:

@@ -123,11 +123,12 @@ def parse_manifest(content: bytes) -> Manifest:
     body, newline, last_line = content[:-1].rpartition(b"\n")
     digest = _LAST_LINE.fullmatch(last_line + content[-1:])
     if not digest or hashlib.sha256(body + newline).hexdigest().encode() != digest[1]:
-        raise CheckpointError(f"its last line is not the sha256 of the rest. {_REMEDY}")
+        raise CheckpointError(_other_format(content) or f"its last line is not the sha256 of the rest. {_REMEDY}")
     try:
         data = json.loads(content)
-        if data["format"] != FORMAT:
-            raise CheckpointError(f"format is {data['format']!r}, not {FORMAT!r}. This is no checkpoint of gptdist.")
+        other = _other_format(content)
+        if other:
+            raise CheckpointError(other)
         if data["version"] != VERSION:
             raise CheckpointError(
                 f"format version {data['version']!r}, but this gptdist reads version {VERSION}. "
@@ -136,6 +137,15 @@ def parse_manifest(content: bytes) -> Manifest:
         return replace(_manifest_of(data), sha256=hashlib.sha256(content).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"not a manifest: {type(error).__name__}: {error}. {_REMEDY}") from None
+
+
+def _other_format(content: bytes) -> str | None:
+    """What to say of the manifest of something else, such as a corpus; None for one of a checkpoint, also a bad one."""
+    try:
+        found = json.loads(content)["format"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return None if found == FORMAT else f"format is {found!r}, not {FORMAT!r}. This is no checkpoint of gptdist."
 
 
 def _manifest_of(data: dict[str, Any]) -> Manifest:

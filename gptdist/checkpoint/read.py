@@ -4,7 +4,9 @@ Knows manifests, memory-mapped files and how to share out the hashing. Must not 
 asked for by its logical place, whoever wrote it.
 """
 
+import os
 from bisect import bisect_left, bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate
@@ -24,9 +26,11 @@ from gptdist.comms import Comms
 from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.world import World
 
+_OPEN_FILES = 128  # a process may have open 1024 by default, and a checkpoint may have more files than that
+
 
 class Checkpoint:
-    """An open checkpoint. Its files are mapped as they are needed and stay open until `close`. Threads may share it."""
+    """An open checkpoint. Its files are opened as they are needed. Threads may share it."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Use `Checkpoint.open`."""
@@ -121,7 +125,7 @@ class Checkpoint:
         return out
 
     def close(self) -> None:
-        """Unmap all files. Arrays read before stay valid."""
+        """Close all files. Arrays read before stay valid."""
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -152,13 +156,17 @@ class Checkpoint:
 
     def _file(self, name: str) -> TensorFile:
         with self._opening:
-            file = self._files.get(name)
+            file = self._files.pop(name, None)
             if file is None:
                 # Not every rank looked at every file in `open`, and a map of a shorter file would crash the process.
                 problem = file_problem(self.path / name, self.manifest.files[name].bytes, None)
                 if problem:
                     raise CheckpointError(problem)
-                file = self._files[name] = TensorFile(self.path / name)
+                file = TensorFile(self.path / name)
+                if len(self._files) >= _OPEN_FILES:
+                    # The one not used for longest. It closes by itself, once no other thread reads from it.
+                    del self._files[next(iter(self._files))]
+            self._files[name] = file
             return file
 
 
@@ -175,14 +183,18 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or parse_step(path.name) is not None
 
 
-def open_newest(path: Path, *, verify: bool = True, trust_others: bool = False) -> FoundCheckpoint:
-    """What `path` means to a command of one process: a checkpoint, or the newest good one of a folder of them, or of a
-    run's folder. Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint.
+def open_newest(
+    path: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
+) -> FoundCheckpoint:
+    """What a user means by `path`: a checkpoint, or the newest good one of a folder of them, or of a run's folder.
+
+    Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint; the same on all ranks.
     """
-    if is_checkpoint(path):
-        return FoundCheckpoint(Checkpoint.open(path, verify=verify, trust_others=trust_others), [])
+    comms = comms or Comms(World())
+    if comms.broadcast(is_checkpoint(path)):
+        return FoundCheckpoint(Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others), [])
     for folder in (path / "checkpoints", path):
-        found = find_latest(folder, verify=verify, trust_others=trust_others)
+        found = find_latest(folder, comms, verify=verify, trust_others=trust_others)
         if found is not None:
             return found
     raise CheckpointError(
@@ -251,12 +263,20 @@ def _first_bad_file(
     order = sorted(manifest.files.items())
     # Dealt round by size, so that each rank hashes about as many bytes.
     by_size = sorted(range(len(order)), key=lambda place: order[place][1].bytes)
-    for place in sorted(by_size[world.global_rank :: world.world_size]):
+    mine = sorted(by_size[world.global_rank :: world.world_size])
+
+    def check(place: int) -> str | None:
         name, entry = order[place]
         problem = None if trust_others else trust_problem(path / name)
-        problem = problem or file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
-        if problem:
-            return place, problem
+        return problem or file_problem(path / name, entry.bytes, entry.sha256 if hashed else None)
+
+    # Hashing leaves Python alone, so files go side by side; the node's cores are shared by its ranks.
+    cores = len(os.sched_getaffinity(0)) // world.local_world_size
+    with ThreadPoolExecutor(max(1, min(cores, len(mine)))) as threads:
+        for place, problem in zip(mine, threads.map(check, mine), strict=True):
+            if problem:
+                threads.shutdown(wait=False, cancel_futures=True)
+                return place, problem
     return None
 
 

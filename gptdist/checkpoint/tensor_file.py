@@ -11,16 +11,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from gptdist.checkpoint.digest import add_digests, partial_digest
 from gptdist.checkpoint.fragment import DTYPES, FragmentPlace, HostFragment, numpy_dtype
-from gptdist.checkpoint.logical import Box, cut_in_order
+from gptdist.checkpoint.logical import Box, cut_in_order, flat_start
 
 _CHUNK_BYTES = 4 << 20
 _CHUNKS_AHEAD = 4  # written, but not yet hashed
@@ -58,10 +59,13 @@ def write_tensor_file(path: Path, fragments: Sequence[HostFragment], on_phase: O
 
 
 def write_tensor_stream(
-    path: Path, places: Sequence[FragmentPlace], read: ReadPart, on_phase: OnPhase = no_phase
+    path: Path, places: Sequence[FragmentPlace], read: ReadPart, on_phase: OnPhase = no_phase, *, plain: bool = False
 ) -> Written:
-    """As `write_tensor_file`, of elements that `read` brings a few megabytes at a time and must not change after."""
-    header, ordered = file_header(places)
+    """As `write_tensor_file`, of elements that `read` brings a few megabytes at a time and must not change after.
+
+    `plain`: a file for others, which says nothing of fragments.
+    """
+    header, ordered = file_header(places, plain=plain)
     content = _Digester()
     size = 0
     on_phase("file")
@@ -85,7 +89,7 @@ def write_all(descriptor: int, content: memoryview) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def file_header(places: Iterable[FragmentPlace]) -> tuple[bytes, list[FragmentPlace]]:
+def file_header(places: Iterable[FragmentPlace], *, plain: bool = False) -> tuple[bytes, list[FragmentPlace]]:
     """The header of the file of these fragments, and the order their bytes follow it in.
 
     Wide elements go first, so that every tensor is aligned to its element size in the memory map.
@@ -103,7 +107,7 @@ def file_header(places: Iterable[FragmentPlace]) -> tuple[bytes, list[FragmentPl
         }
         origins[place.key] = [place.name, place.shape, place.box.start]
         offset = after
-    table[_METADATA] = {"format": "pt", "fragments": json.dumps(origins)}
+    table[_METADATA] = {"format": "pt"} | ({} if plain else {"fragments": json.dumps(origins)})
     text = json.dumps(table).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text, ordered
@@ -131,17 +135,18 @@ class _Entry:
 class TensorFile:
     """An open safetensors file: what lies together is read, strided parts are copied out of a memory map.
 
-    What it says about itself is believed only as far as its size allows.
+    What it says about itself is believed only as far as its size allows. Threads may share it.
     """
+
+    _descriptor = -1
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError or OSError where it is no safetensors file."""
+        self._map: mmap.mmap | None = None
         self._mapped_bytes = 0  # read through the map since it was last let go
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._file = path.open("rb", buffering=0)
-            with _closing_on_error(self._file):
-                self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
-                self._entries, self._metadata = _read_header(self._map)
+            self._entries, self._metadata = _read_header(self._descriptor)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a safetensors file: {error}") from None
 
@@ -170,33 +175,42 @@ class TensorFile:
             )
         if not out.size:
             return
-        kind = numpy_dtype(dtype)
-        stored = np.frombuffer(self._map, kind, fragment.size, entry.start).reshape(fragment.shape)
-        part = stored[wanted.slices(fragment.start)] if wanted.start else stored
-        if part.flags.c_contiguous and out.flags.c_contiguous:
-            offset = part.__array_interface__["data"][0] - stored.__array_interface__["data"][0]
-            self._read(out.reshape(-1).view(np.uint8).data, entry.start + offset)
-            return
-        for box in cut_in_order(Box.whole(wanted.shape), max(1, _MAPPED_BYTES // kind.itemsize)):
-            out[box.slices()] = part[box.slices()]
-            self._mapped_bytes += box.size * kind.itemsize
+        start = flat_start(fragment, wanted)
+        if start is not None and out.flags.c_contiguous:
+            self._read(out.reshape(-1).view(np.uint8).data, entry.start + start * out.itemsize)
+        else:
+            self._copy_mapped(out, entry, wanted.slices(fragment.start))
+
+    def _read(self, out: memoryview, offset: int) -> None:
+        while out:
+            count = os.preadv(self._descriptor, [out], offset)
+            if not count:
+                raise ValueError("the file became shorter while it was read")
+            out, offset = out[count:], offset + count
+
+    def _copy_mapped(self, out: np.ndarray, entry: _Entry, place: tuple[slice, ...]) -> None:
+        if self._map is None:
+            self._map = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+        stored = np.frombuffer(self._map, out.dtype, prod(entry.shape), entry.start).reshape(entry.shape)[place]
+        for box in cut_in_order(Box.whole(out.shape), max(1, _MAPPED_BYTES // out.itemsize)):
+            out[box.slices()] = stored[box.slices()]
+            self._mapped_bytes += box.size * out.itemsize
             if self._mapped_bytes >= _MAPPED_BYTES:
                 # What was mapped once would else count as this process's memory for good.
                 self._map.madvise(mmap.MADV_DONTNEED)
                 self._mapped_bytes = 0
 
-    def _read(self, out: memoryview, offset: int) -> None:
-        while out:
-            count = os.preadv(self._file.fileno(), [out], offset)
-            if not count:
-                raise ValueError("the file became shorter while it was read")
-            out, offset = out[count:], offset + count
-
     def close(self) -> None:
-        """Let go of the memory map."""
-        with suppress(BufferError):  # an error on its way up still holds an array over it
-            self._map.close()
-        self._file.close()
+        """Let go of the file. Also what happens to one that nobody holds any more."""
+        if self._descriptor < 0:
+            return
+        if self._map is not None:
+            with suppress(BufferError):  # an error on its way up still holds an array over it
+                self._map.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    __del__ = close
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -205,22 +219,13 @@ class TensorFile:
         self.close()
 
 
-@contextmanager
-def _closing_on_error(file: IO[bytes]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        file.close()
-        raise
-
-
-def _read_header(content: mmap.mmap) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _read_header(descriptor: int) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Raises ValueError and what wrong JSON leads to."""
-    size = len(content)
-    length = int.from_bytes(content[:8], "little")
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
         raise ValueError("its header is longer than the file, or than any header may be")
-    table = json.loads(content[8 : 8 + length])
+    table = json.loads(os.pread(descriptor, length, 8))
     metadata = table.pop(_METADATA, {})
     entries = {}
     for key, value in table.items():

@@ -7,11 +7,13 @@ thing asked of the disk is that all ranks see the same folder.
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from gptdist.checkpoint.digest import add_digests, render_digest
@@ -36,6 +38,10 @@ from gptdist.checkpoint.verified import mark_verified
 from gptdist.comms import Comms
 from gptdist.durable import write_durably
 from gptdist.errors import CheckpointError, GptdistError, StorageError
+
+# A rank that takes so many times as long as most others, and so many seconds longer, is named.
+SLOW_FACTOR = 3.0
+SLOW_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +169,7 @@ def _write_all(
     on_phase: OnPhase,
     on_written: Callable[[], None],
 ) -> list[Any]:
-    """Every rank's [file name, bytes, sha256, digests]; None for one that holds nothing, and writes no file."""
+    """Every rank's [file name, bytes, sha256, digests, seconds]; None for one that holds nothing and writes no file."""
     # None of the three may be left early by one rank: `on_written` lets training go on, and that must be all ranks'.
     entry: list[Any] | None = None
     name = f"rank-{comms.world.global_rank:05d}.safetensors"
@@ -173,6 +179,7 @@ def _write_all(
         on_phase("gather")
         entries = comms.gather(entry)
         on_written()
+        _name_slow_ranks(entries, comms)
         return entries
     with staged_file(staging_dir, temporary.parent, name) as staged:
         with comms.together():
@@ -183,17 +190,38 @@ def _write_all(
             if entry is not None:
                 _copy_out(staged, temporary / name, entry)
         on_phase("gather")
-        return comms.gather(entry)
+        entries = comms.gather(entry)
+        _name_slow_ranks(entries, comms)
+        return entries
 
 
 def _write_mine(path: Path, fragments: list[HostFragment], on_phase: OnPhase) -> list[Any] | None:
     if not fragments:
         return None
+    started = time.perf_counter()
     try:
         written = write_tensor_file(path, fragments, on_phase)
     except OSError as error:
         raise storage_error(error, path, file_size(fragments)) from error
-    return [path.name, written.bytes, written.sha256, written.digests]
+    return [path.name, written.bytes, written.sha256, written.digests, time.perf_counter() - started]
+
+
+def _name_slow_ranks(entries: list[Any], comms: Comms) -> None:
+    """All wait for the slowest, so it is said who that is: a disk, a network or a node may be failing."""
+    seconds = {global_rank: entry[4] for global_rank, entry in enumerate(entries) if entry is not None}
+    if not comms.is_first or len(seconds) < 2:
+        return
+    usual = median_low(seconds.values())  # of two ranks the quicker one
+    slow = {rank: took for rank, took in seconds.items() if took > SLOW_FACTOR * usual and took - usual > SLOW_SECONDS}
+    for global_rank, took in sorted(slow.items()):
+        _log.warning(
+            "rank %d took %.1f s to write its %s bytes of a checkpoint, most others at most %.1f s: see to its node's "
+            "disk and network",
+            global_rank,
+            took,
+            f"{entries[global_rank][1]:,}",
+            usual,
+        )
 
 
 def _copy_out(staged: Path, path: Path, entry: list[Any]) -> None:

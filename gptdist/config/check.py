@@ -329,6 +329,22 @@ def rule_stop_after(config: RunConfig, world_size: int) -> Iterator[Broken]:
         yield Broken(text, ("train.stop_after", "train.steps"))
 
 
+def rule_start_from(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """A run resumes its own checkpoints by itself; weights to begin with are another's."""
+    start, run_dir, own = config.checkpoint.start_from, config.launch.run_dir, config.checkpoint.dir
+    if start is None:
+        return
+    keys = {"launch.run_dir": run_dir, "checkpoint.dir": own or os.path.join(run_dir, "checkpoints")}
+    for key, folder in keys.items():
+        if os.path.normpath(start) == os.path.normpath(folder):
+            text = (
+                f"checkpoint.start_from ({start}) is where this run keeps its own checkpoints, which it resumes by "
+                "itself. Leave start_from out to go on with them, or begin a run elsewhere: set launch.run_dir."
+            )
+            yield Broken(text, ("checkpoint.start_from", key))
+            return
+
+
 def rule_save_interval(config: RunConfig, world_size: int) -> Iterator[Broken]:
     """`auto` sets the time between saves by itself, and only it needs to know how often nodes fail."""
     checkpoint, defaults = config.checkpoint, CheckpointConfig()
@@ -410,6 +426,7 @@ RULES: tuple[Rule, ...] = (
     rule_schedule_order,
     rule_learning_rates,
     rule_stop_after,
+    rule_start_from,
     rule_save_interval,
     rule_keep_best,
     rule_staging_dir,

@@ -174,6 +174,14 @@ class CheckpointConfig(Section):
     )
     node_mtbf: Duration = Field(100 * 86400.0, description="Of interval auto: mean time between failures of one node.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
+    start_from: str | None = Field(
+        None,
+        description="A run, a folder of checkpoints or one of them, relative to the current folder, whose weights a "
+        "new run begins with; step, optimizer and data begin anew.",
+    )
+    allow_precision_change: bool = Field(
+        False, description="Resume under another train.precision than the checkpoint was saved with."
+    )
     keep_every: NonNegativeInt = Field(
         0, description="Checkpoints of steps that this divides are kept for ever; 0: none."
     )

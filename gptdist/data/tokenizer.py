@@ -24,6 +24,17 @@ BYTES = "bytes"
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 
+def _byte_letters() -> list[str]:
+    """The visible character that stands for each byte in a byte-level vocabulary (Radford et al. 2019, GPT-2)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (value for value in range(256) if value not in shown)
+    letters = {value: chr(0x100 + index) for index, value in enumerate(others)}
+    return [letters.get(value, chr(value)) for value in range(256)]
+
+
+BYTE_LETTERS = _byte_letters()
+
+
 class CorpusTokenizer:
     """`encode` and `decode`, and what identifies the tokenizer. Made by `load`, `parse` or `of_bytes`.
 
@@ -143,6 +154,10 @@ class CorpusTokenizer:
         if self.kind == BYTES:
             return bytes(index for index in ids if index < 256).decode("utf-8", errors="replace")
         return str(self._library.decode(list(ids), skip_special_tokens=True))
+
+    def opening(self) -> list[int]:
+        """Ids that the tokenizer's own file would put before every text; corpora are built without them."""
+        return [] if self.kind == BYTES else list(self._library.encode("", add_special_tokens=True).ids)
 
     def token(self, index: int) -> str:
         """How the vocabulary spells the token `index`; "" where it has none."""

@@ -18,8 +18,9 @@ from gptdist.checkpoint.snapshot import Fragment
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import Network, build_groups, destroy_groups
-from gptdist.engine.partition import StateSource, owned_fragments, read_state
+from gptdist.engine.partition import StateSource, owned_fragments, read_into, read_state
 from gptdist.engine.zero import ZeroOptimizer
+from gptdist.engine.zero_config import OPTIMIZER
 from gptdist.layout import Layout
 from gptdist.model.initial import initial_weight
 from gptdist.model.parameters import logical_shapes
@@ -74,7 +75,7 @@ class InferenceEngine:
         for local in self.network.parameters:
             flat = torch.zeros(local.parameter.numel())
             for fragment in fragments_of_range(tuple(local.parameter.shape), local.pieces, 0, flat.numel()):
-                flat[fragment.start : fragment.stop] = source.read(f"weight/{fragment.name}", fragment.box).reshape(-1)
+                read_into(flat[fragment.start : fragment.stop], source, f"weight/{fragment.name}", fragment.box)
             local.parameter.copy_(flat.view(local.parameter.shape))
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
@@ -117,8 +118,8 @@ class InferenceEngine:
 
 
 class TrainEngine(InferenceEngine):
-    """A network and its optimizer under one layout. Call `initialise`, or `read` and `refresh`, before the first
-    step."""
+    """A network and its optimizer under one layout. Call `initialise`, or `read` or `read_weights` and
+    then `refresh`, before the first step."""
 
     def __init__(
         self,
@@ -133,6 +134,7 @@ class TrainEngine(InferenceEngine):
         super().__init__(model, train, layout, world, end_of_text)
         self.seed = train.seed
         self.zero = ZeroOptimizer(self.network, optimizer, parallel, train, world.local_rank)
+        self._fragments: list[Fragment] | None = None  # of tensors that stay where they are; a save must not be slow
 
     def train_step(
         self, micro_batches: Tensor, learning_rate: float, step: int, wishes: Wishes | None = None
@@ -158,19 +160,31 @@ class TrainEngine(InferenceEngine):
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""
-        read_state(self.zero.states, _InitialWeights(self.model, self.seed), kinds=("weight",))
+        self.read_weights(_InitialWeights(self.model, self.seed))
         self.refresh()
+
+    def read_weights(self, source: StateSource) -> None:
+        """Weights of any layout; for the rest, the state of step 0. As `read`, no collective: `refresh` follows."""
+        read_state(self.zero.states, source, kinds=("weight",))
+        for flat in self.zero.states:
+            flat.step.zero_()
 
     def fragments(self) -> list[Fragment]:
         """Views of everything this rank writes to a checkpoint: fp32 weights and both Adam moments."""
-        shares = self.layout.data if self.zero.replicated else 1
-        share = self.groups.data_rank if self.zero.replicated else 0
-        return [Fragment(*fields) for fields in owned_fragments(self.zero.states, share, shares)]
+        if self._fragments is None:
+            shares = self.layout.data if self.zero.replicated else 1
+            share = self.groups.data_rank if self.zero.replicated else 0
+            self._fragments = [Fragment(*fields) for fields in owned_fragments(self.zero.states, share, shares)]
+        return self._fragments
 
     def state(self) -> dict[str, Any]:
         """What else a restart needs, JSON: optimizer steps taken and the loss scaler. Random state is keyed, not
         kept."""
-        return {"optimizer_steps": int(self.zero.states[0].step.item()), "loss_scaler": self.zero.scaler_state()}
+        return {
+            "optimizer": OPTIMIZER,
+            "optimizer_steps": int(self.zero.states[0].step.item()),
+            "loss_scaler": self.zero.scaler_state(),
+        }
 
     def read(self, source: StateSource, state: dict[str, Any]) -> None:
         """Take up `fragments` and `state` of any layout. No collective, so that ranks can agree on what went wrong."""
@@ -185,6 +199,7 @@ class TrainEngine(InferenceEngine):
 
     def close(self) -> None:
         """Also undo DeepSpeed's hooks, through which every parameter would keep the engine and its groups alive."""
+        self._fragments = None
         self.zero.close()
         super().close()
 

@@ -8,6 +8,7 @@ gradients are left where `parameter.grad` points.
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ from gptdist.layout import Layout
 from gptdist.model.attention import CausalAttention
 from gptdist.model.documents import document_lengths, positions_in_documents
 from gptdist.model.initial import keyed_seed
+from gptdist.model.key_values import Continuation, KeyValues, visible_keys
 from gptdist.model.norm import LayerNorm, RMSNorm
 from gptdist.world import World
 
@@ -185,6 +187,34 @@ class Network:
             return torch.empty(0, device=self.device)
         return outputs[0][:, :length, : self.model.vocab_size].float().contiguous()
 
+    @property
+    def can_remember(self) -> bool:
+        """Whether `continue_texts` works: each rank has all layers, and whole sequences between them."""
+        return self.groups.layout.pipeline == 1 and not self.groups.layout.sequence_parallel
+
+    @torch.no_grad()
+    def continue_texts(self, tokens: Tensor, past: KeyValues) -> Tensor:
+        """Logits after the last of `tokens`, fp32 [batch, vocab_size] on every tensor rank; `past` then holds them all.
+
+        tokens: [batch, length] int64 on the CPU, the whole texts, of which `past` holds the first ones already; length
+        at most `model.sequence_length`.
+        """
+        self.chunks.eval()
+        (chunk,) = self.chunks
+        first, length = past.length, tokens.shape[1]
+        if self.end_of_text is None:
+            positions = torch.arange(length).expand(len(tokens), -1)
+        else:
+            positions = positions_in_documents(tokens, self.end_of_text)
+        lengths = None if first or self.end_of_text is None else document_lengths(tokens, self.end_of_text)
+        visible = visible_keys(positions, first) if first else None
+        mask = Continuation(past, lengths, None if visible is None else visible.to(self.device))
+        here = tokens[:, first:].to(self.device), positions[:, first:].to(self.device)
+        with _rotary_from(first, chunk):
+            logits = chunk(*here, mask, runtime_gather_output=True)
+        past.advance(length - first)
+        return logits[:, -1, : self.model.vocab_size].float().contiguous()
+
     def _run(
         self, micro_batches: Tensor, loss: Callable[[Tensor], tuple[Tensor, Tensor]] | None, forward_only: bool
     ) -> list[Tensor]:
@@ -254,6 +284,21 @@ class _PaddedVocabGPT(GPTModel):
         if self.real_columns < logits.shape[-1]:
             logits[..., self.real_columns :] = float("-inf")
         return super().compute_language_model_loss(labels, logits)
+
+
+@contextmanager
+def _rotary_from(position: int, chunk: Any) -> Iterator[None]:
+    """Within it, the first token's rotary position is `position`; Megatron's model counts from 0."""
+    if not position or chunk.position_embedding_type != "rope":
+        yield
+        return
+    hook = chunk.rotary_pos_emb.register_forward_pre_hook(
+        lambda _, args, named: (args, {**named, "offset": position}), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _build_chunk(config: TransformerConfig, model: ModelConfig, groups: Groups, chunk: int) -> _PaddedVocabGPT:

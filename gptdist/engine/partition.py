@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptdist.checkpoint.logical import Box, FlatFragment, Piece, fragments_of_range
 from gptdist.checkpoint.read import Checkpoint
-from gptdist.checkpoint.snapshot import as_tensor
+from gptdist.checkpoint.snapshot import as_tensor, dtype_name, host_array
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -36,6 +36,21 @@ class TensorSource:
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """`box` (default: all) of a logical tensor, contiguous, on the CPU, owned by the caller."""
         return as_tensor(self._checkpoint.read(name, box), self._checkpoint.dtype(name))
+
+    def read_into(self, out: Tensor, name: str, box: Box) -> None:
+        """Fill `out`, flat, with the `box`: straight from the file where it is memory of the stored kind."""
+        if out.device.type == "cpu" and out.is_contiguous() and dtype_name(out.dtype) == self._checkpoint.dtype(name):
+            self._checkpoint.read(name, box, host_array(out.view(box.shape)))
+        else:
+            out.copy_(self.read(name, box).reshape(-1))
+
+
+def read_into(out: Tensor, source: StateSource, name: str, box: Box) -> None:
+    """Fill `out`, flat, with the `box` of `kind/logical name`."""
+    if isinstance(source, TensorSource):
+        source.read_into(out, name, box)
+    else:
+        out.copy_(source.read(name, box).reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -74,14 +89,22 @@ def read_state(states: list[FlatState], source: StateSource, kinds: tuple[str, .
     for state in states:
         for kind in KINDS:
             flat = state.tensor(kind)
-            flat.zero_()
-            if kind not in kinds:
-                continue
-            for part in state.ranges:
+            filled = []
+            for part in state.ranges if kind in kinds else ():
                 for fragment in part.fragments(0, part.count):
-                    data = source.read(f"{kind}/{fragment.name}", fragment.box)
-                    start = part.offset + fragment.start
-                    flat[start : start + data.numel()].copy_(data.reshape(-1))
+                    start, stop = part.offset + fragment.start, part.offset + fragment.stop
+                    read_into(flat[start:stop], source, f"{kind}/{fragment.name}", fragment.box)
+                    filled.append((start, stop))
+            _zero_between(flat, filled)
+
+
+def _zero_between(flat: Tensor, filled: list[tuple[int, int]]) -> None:
+    """Zero what is in none of the ranges: writing all of it first would cost a pass over the memory."""
+    end = 0
+    for start, stop in sorted(filled):
+        flat[end:start].zero_()
+        end = stop
+    flat[end:].zero_()
 
 
 def owned_fragments(

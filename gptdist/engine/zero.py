@@ -110,6 +110,9 @@ class ZeroOptimizer:
                 ) from error
             raise
         optimizer = self.engine.optimizer
+        if optimizer.overflow and self.stage < 3:
+            # Offloaded, DeepSpeed would keep its fp32 sums of a skipped step, and skip every step after it.
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         return loss, StepResult(norm, bool(optimizer.overflow), float(optimizer.loss_scale))
 

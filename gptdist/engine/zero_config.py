@@ -8,6 +8,8 @@ from typing import Any
 
 from gptdist.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
 
+OPTIMIZER = "adamw"  # whose moments a checkpoint holds; another's would mean nothing to it
+
 
 class GradientFlow(enum.Enum):
     """How gradients reach DeepSpeed; docs/engine.md says why each way exists.

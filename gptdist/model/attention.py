@@ -12,23 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptdist.model.key_values import Continuation
+
 
 class CausalAttention(nn.Module):
     """Grouped-query causal attention without parameters.
 
     `dropout_stream`: gives the context in which a tensor rank draws its own dropout; each rank holds other heads.
+    `layer_number`: under which the keys and values of a text that is read bit by bit are kept.
     """
 
     def __init__(
-        self, config: Any, *, dropout_stream: Callable[[], AbstractContextManager[Any]] = nullcontext, **_: Any
+        self,
+        config: Any,
+        layer_number: int = 0,
+        *,
+        dropout_stream: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        **_: Any,
     ) -> None:
         super().__init__()
+        self.layer_number = layer_number
         self.dropout = float(config.attention_dropout)
         # Inside a sequence-parallel block the rank's own stream is already in force.
         self.dropout_stream = nullcontext if config.sequence_parallel else dropout_stream
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, document_lengths: Tensor | None = None, *_: Any, **__: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_lengths: Tensor | Continuation | None = None,
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, kv heads, d] -> [s, b, heads * d].
 
@@ -36,7 +51,15 @@ class CausalAttention(nn.Module):
         Megatron's layers hand on a mask, also to what is recomputed. Each document is a call of its own: no s x s mask
         is made, and attention costs the squares of the documents' lengths, not the window's. A GPU starts a kernel for
         every document, so many short ones leave it waiting.
+
+        A `Continuation` in that place: these are the next tokens of texts whose earlier keys and values it holds.
         """
+        if isinstance(document_lengths, Continuation):
+            continuation = document_lengths
+            keys, values = continuation.past.append(self.layer_number, key, value)
+            if continuation.past.length:
+                return _attend_to_past(query, keys, values, continuation.visible)
+            document_lengths = continuation.document_lengths
         dropout = self.dropout if self.training else 0.0
         with self.dropout_stream() if dropout else nullcontext():
             if document_lengths is None:
@@ -58,3 +81,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Ten
     return F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def _attend_to_past(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """query [s, b, heads, d] of the last s tokens; keys and values [b, kv heads, length, d] -> [s, b, heads * d]."""
+    context = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3), keys, values, attn_mask=visible, enable_gqa=query.shape[2] != keys.shape[1]
+    )
+    return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)

@@ -52,7 +52,8 @@ class CorpusUse:
 
 @dataclass(frozen=True)
 class RunHeader:
-    """What is worth knowing before the first step. `devices`: `2 x cpu`; `resumed_from`: None for a fresh run."""
+    """What is worth knowing before the first step. `devices`: `2 x cpu`; `resumed_from`: None for a new run, whose
+    weights came from `begun_with`, or were drawn."""
 
     parameters: int
     layout: str
@@ -64,6 +65,7 @@ class RunHeader:
     total_samples: int
     run_dir: str
     resumed_from: str | None = None
+    begun_with: str | None = None
     start_step: int = 0
     start_sample: int = 0
     corpora: tuple[CorpusUse, ...] = ()
@@ -73,7 +75,9 @@ def render_run_header(header: RunHeader) -> str:
     """The first lines of a run."""
     tokens_per_step = f"{header.global_batch_size * header.sequence_length:,} tokens a step"
     total = f"{header.steps:,} steps, {render_count(header.total_samples * header.sequence_length)} tokens in all"
-    if header.resumed_from is None:
+    if header.begun_with is not None:
+        start = f"step 0, with the weights of {header.begun_with}"
+    elif header.resumed_from is None:
         start = "fresh, from step 0"
     else:
         start = (

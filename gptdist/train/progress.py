@@ -1,7 +1,7 @@
 """How far a run is, and what of it a checkpoint keeps beside the tensors.
 
-Knows the shape of a checkpoint's run state and which differences between a checkpoint and a config forbid going on.
-Does not read or write files.
+Knows the shape of a checkpoint's run state, and which data a run may go on with; what else must be as it was is in
+`compatible.py`. Does not read or write files.
 """
 
 import dataclasses
@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from gptdist.checkpoint.average import AVERAGED_FROM
 from gptdist.checkpoint.retention import EVALUATION_LOSS
 from gptdist.comms import Comms
 from gptdist.config.load import resolved_dict
-from gptdist.config.sections import ModelConfig, RunConfig
+from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import blend_phases
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError, CorpusError
-from gptdist.model.parameters import logical_shapes
 from gptdist.remote import without_secrets
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
@@ -105,39 +103,6 @@ def check_same_on_all_ranks(identity: dict[str, Any], names: Sequence[str], comm
         raise CorpusError(
             f"Not all ranks have the same corpus: on rank {other}, {', '.join(names)} has another index or another "
             "tokenizer than on rank 0. Copy the same corpus to every node, or put it where all can read it."
-        )
-
-
-def check_resumable(state: dict[str, Any], where: str) -> None:
-    """Raises CheckpointError for a checkpoint that has weights alone."""
-    if AVERAGED_FROM in state:
-        raise CheckpointError(
-            f"{where} cannot be resumed: it is the mean of the weights of {len(state[AVERAGED_FROM])} checkpoints, "
-            "without optimizer state. Begin a new run with it (checkpoint.start_from), or resume one of those."
-        )
-
-
-def check_same_model(shapes: dict[str, tuple[int, ...]], model: ModelConfig, where: str) -> None:
-    """Raises CheckpointError unless a checkpoint's `weight/` tensors (names without the prefix) are those of
-    `model`."""
-    wanted = logical_shapes(model)
-    for name in wanted:
-        if name not in shapes:
-            raise CheckpointError(
-                f"{where} is a checkpoint of another model: it has no {name}, which the configured model has. "
-                "Set the model section to the checkpoint's, or start anew with --fresh or another launch.run_dir."
-            )
-        if tuple(shapes[name]) != wanted[name]:
-            raise CheckpointError(
-                f"{where} is a checkpoint of another model: its {name} is {list(shapes[name])}, the configured model's "
-                f"is {list(wanted[name])}. Set the model section to the checkpoint's, or start anew with --fresh or "
-                "another launch.run_dir."
-            )
-    extra = sorted(set(shapes) - set(wanted))
-    if extra:
-        raise CheckpointError(
-            f"{where} is a checkpoint of another model: it has {extra[0]}, which the configured model has not. "
-            "Set the model section to the checkpoint's, or start anew with --fresh or another launch.run_dir."
         )
 
 

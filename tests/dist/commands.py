@@ -1,4 +1,4 @@
-"""Runs the `gptdist` command in processes of its own, forked from the fork server, which has imported the engine once.
+"""Runs the `gptdist` command in processes of its own, forked from fork_server.py's, which has imported it once.
 
 What runs is `launch.cli.main(argv)` with its output in files; only the interpreter's start is saved. Also knows the
 tiny run that the tests of the command share, and how to read what a run left behind.
@@ -6,7 +6,6 @@ tiny run that the tests of the command share, and how to read what a run left be
 
 import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from gptdist.checkpoint.read import Checkpoint
-from tests.dist.ranks import _importable
+from tests.dist.fork_server import check_forked, fork_server
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.005
@@ -80,13 +79,10 @@ class Command:
 
     def __init__(self, argv: list[str], folder: Path, env: Mapping[str, str]) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gptdist.engine.engine", "launch.train"])
-        self._process: BaseProcess = context.Process(
+        self._process: BaseProcess = fork_server().Process(
             target=_run_command, args=(argv, str(self._out), str(self._err), dict(env))
         )  # no daemon: commands have processes of their own
-        with _importable():
-            self._process.start()
+        self._process.start()
 
     def send(self, number: signal.Signals) -> None:
         """Signal the command itself, not its ranks."""
@@ -171,7 +167,7 @@ def render_run(values: Mapping[str, Any]) -> str:
 
 
 def _plain(value: object) -> str:
-    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+    return json.dumps(value) if isinstance(value, (bool, list, type(None))) else str(value)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -218,6 +214,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def _run_command(argv: list[str], out_path: str, err_path: str, env: dict[str, str]) -> None:
     """The command's process: as one started from a shell, but for the imports that are already there."""
+    check_forked()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server itself ends when pytest does
     os.setsid()
     for number, path in ((1, out_path), (2, err_path)):

@@ -1,7 +1,7 @@
 """A pool of rank processes that all distributed tests share: importing the engine costs seconds, so it happens once.
 
-The ranks are forked from multiprocessing's fork server, which has imported the engine and runs nothing else. Each `run`
-gives the first ranks a fresh gloo group on the loopback interface and takes it down again. Knows nothing of models.
+The ranks are forked from the fork server (fork_server.py), which has imported the engine and runs nothing else. Each
+`run` gives the first ranks a fresh gloo group on the loopback interface and takes it down again. Knows nothing of models.
 """
 
 import contextlib
@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gptdist.world import World
+from tests.dist.fork_server import check_forked, fork_server
 
 MOST_RANKS = 8
 MOST_THREADS = 20
-_ROOT = Path(__file__).resolve().parents[2]
 # What a rank says when another one left it alone: never the first error.
 _LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "timed out")
 _GRACE_SECONDS = 5.0  # for the error of the rank that failed first to arrive
@@ -49,8 +48,6 @@ class RankPool:
 
     def __init__(self) -> None:
         self._ranks: list[tuple[BaseProcess, Connection]] = []
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["gptdist.engine.engine"])
 
     def run(
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 240.0
@@ -96,12 +93,12 @@ class RankPool:
             raise ValueError(f"a pool has 1 to {MOST_RANKS} ranks, not {world_size}")
         if any(not process.is_alive() for process, _ in self._ranks):
             self.close()
+        context = fork_server()
         while len(self._ranks) < world_size:
-            ours, theirs = self._context.Pipe()
+            ours, theirs = context.Pipe()
             name = f"rank-{len(self._ranks)}"
-            process = self._context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
-            with _importable():
-                process.start()
+            process = context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
+            process.start()
             theirs.close()
             self._ranks.append((process, ours))
 
@@ -138,22 +135,9 @@ def _raise_first(failures: dict[int, _Failure], give_up: bool) -> None:
         raise RankError(f"rank {first} failed:\n{failures[first].text}")
 
 
-@contextlib.contextmanager
-def _importable() -> Any:
-    """The fork server imports what it preloads by PYTHONPATH, whatever sys.path is here."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), before]))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
 def _serve(pipe: Connection) -> None:
     """A rank's life: one function after the other, until the pool closes the pipe or dies."""
+    check_forked()
     threading.Thread(target=_end_with_pytest, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -160,9 +160,9 @@ def test_a_damaged_shard(split: str, damage: str, corpus: Path, commands: Comman
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"model__hidden_size": 48}, ["another model", "[257, 48]", "--fresh"]),
-        ({"model__num_layers": 1}, ["another model", "--fresh"]),
-        ({"model__bias": False}, ["another model", "--fresh"]),
+        ({"model__hidden_size": 48}, ["another model", "model.hidden_size is 32 there, 48 here", "--fresh"]),
+        ({"model__num_layers": 1}, ["another model", "model.num_layers is 2 there, 1 here", "--fresh"]),
+        ({"model__bias": False}, ["another model", "model.bias is True there", "--fresh"]),
         ({"data__seed": 7}, ["data.seed was another", "--fresh"]),
         ({"model__sequence_length": 16}, ["another", "--fresh"]),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_tools.build import build_corpus
 from gptdist.comms import Comms
+from gptdist.model.sampling import Sampling
 from gptdist.train.sample import generate
 from gptdist.world import World
 from tests.dist.cases import MODELS, NEWLINE, Case, RandomWeights, engine_of, is_full, text, train
@@ -22,6 +23,7 @@ from tests.dist.commands import Commands, metrics
 from tests.dist.ranks import RankPool
 from tests.dist.test_parity import Comparison, matrix, model_for, relative_differences
 
+GREEDY = Sampling(temperature=0.0)
 ROUNDING = 1e-5  # of a logit, fp32: matrices of other heights are added up in another order
 
 # (spread, ZeRO stage, model)
@@ -51,7 +53,7 @@ def generate_in(world: World, case: Case, prompts: list[list[int]]) -> list[list
     with engine_of(case, world) as engine:
         engine.read(RandomWeights(case.model), {"optimizer_steps": 0, "loss_scaler": {}})
         engine.refresh()
-        return [generate(engine, Comms(world, dist.group.WORLD), prompt, 8, temperature=0.0) for prompt in prompts]
+        return [generate(engine, Comms(world, dist.group.WORLD), prompt, 8, GREEDY) for prompt in prompts]
 
 
 @pytest.mark.parametrize("model_name", ("classic", "modern"))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,27 @@ def test_stop_after_and_fresh(commands: Commands, tmp_path: Path) -> None:
     assert "seed: 7" in (run_dir / "config.yaml").read_text()
 
 
+def test_processes_of_their_own_do_the_same(commands: Commands, tmp_path: Path) -> None:
+    """All other commands here are forked from a process that has imported everything; these are as from a shell."""
+    run_dir = tmp_path / "run"
+    words = commands.train_words(run_dir, 2, train__steps=MANY, checkpoint__interval=0)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen([sys.executable, "-m", "launch.cli", *words], cwd=ROOT, stdout=out, stderr=err)
+        while last_step(run_dir) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        code = process.wait(60)
+    assert code == 75, (tmp_path / "err").read_text()
+    assert open_last(run_dir).step == last_step(run_dir)
+    assert f"Step {last_step(run_dir)} is saved" in (tmp_path / "out").read_text()
+
+    words = ["generate", str(run_dir), "--prompt", "def ", "--tokens", "4"]
+    shell = [sys.executable, "-m", "launch.cli", *words]
+    ended = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == commands.run(*words).expect(0).out
+
+
 # -- the whole way -----------------------------------------------------------------------------------------------
 
 
@@ -121,6 +143,37 @@ def test_what_comes_after(finished: Path, commands: Commands) -> None:
     assert texts[0] == texts[1] and "def " in texts[0] and "import " in texts[0]
     last = finished / "checkpoints" / checkpoint_names(finished)[-1]
     assert commands.run("generate", last, *words).expect(0).out == texts[0]
+
+
+def test_a_resharded_checkpoint_is_resumed_as_if_it_were_the_old_one(
+    finished: Path, commands: Commands, tmp_path: Path
+) -> None:
+    untouched, resharded = tmp_path / "untouched", tmp_path / "resharded"
+    shutil.copytree(finished, untouched)
+    newest = checkpoint_names(finished)[-1]
+    source = finished / "checkpoints" / newest
+    commands.run("ckpt", "reshard", source, resharded / "checkpoints" / newest, "--ranks", 5).expect(0)
+    for run_dir in (untouched, resharded):
+        words = (finished / "config.yaml", f"launch.run_dir={run_dir}", "train.steps=11")
+        assert "step 10" in commands.run("train", *words).expect(0).out
+    assert open_last(resharded).step == 11
+    said = commands.run("ckpt", "diff", untouched, resharded).expect(0).out
+    assert "tensors are equal, the run's state is equal" in said
+
+
+def test_an_average_is_evaluated_and_generates_but_is_not_resumed(
+    finished: Path, commands: Commands, tmp_path: Path
+) -> None:
+    names = checkpoint_names(finished)
+    sources = [finished / "checkpoints" / name for name in names]
+    mean = tmp_path / "run" / "checkpoints" / names[-1]
+    commands.run("ckpt", "average", *sources, "--out", mean).expect(0)
+    assert "nats per token" in commands.run("eval", mean, "--samples", "8").expect(0).out
+    commands.run("generate", mean, "--tokens", "4").expect(0)
+    before = tree(tmp_path / "run")
+    again = commands.run("train", finished / "config.yaml", f"launch.run_dir={tmp_path / 'run'}", "train.steps=12")
+    again.one_error("cannot be resumed: it is the mean of the weights of 3 checkpoints", "checkpoint.start_from")
+    assert tree(tmp_path / "run") == before
 
 
 def test_steps_added_later_go_on(finished: Path, commands: Commands, tmp_path: Path) -> None:

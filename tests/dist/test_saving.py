@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -35,32 +36,38 @@ CASES = {
 
 
 def train_and_save(world: World, case: Case, folder: str | None, background: bool) -> tuple[list[float], int]:
-    """Losses of six steps, saving after 2 and 4 on a disk that takes longer than two steps, slowest on the last rank.
-    And how many steps were done while a file was being written."""
-    losses, during = [], 0
-    real, writing = tensor_file.write_all, [False]
+    """Losses of six steps, saving after 2 and 4; in the background, the first save's files are written while step 3 is
+    done, and a moment later on the last rank. And how many steps were done while a file was being written."""
+    losses: list[float] = []
+    during = 0
+    real, writing, third_step = tensor_file.write_all, threading.Event(), threading.Event()
 
     def slow(descriptor: int, content: memoryview) -> None:
-        writing[0] = True
-        time.sleep(0.5 + 0.5 * (world.global_rank == world.world_size - 1))
+        writing.set()
+        if background and not third_step.wait(60):
+            raise TimeoutError("step 3 waits for the file")
+        time.sleep(0.2 * (world.global_rank == world.world_size - 1))
         real(descriptor, content)
-        writing[0] = False
+        writing.clear()
 
     tensor_file.write_all = slow
-    channel = open_channel(world, 60)
+    channel = open_channel(world, 120)
+    options = SaveOptions(read_back=True)
     try:
         with engine_of(case, world) as engine:
-            saver = CheckpointSaver(
-                Path(folder or "/nowhere"), channel, SaveOptions(read_back=True), background=background
-            )
+            saver = CheckpointSaver(Path(folder or "/nowhere"), channel, options, background=background)
             for step in range(1, 7):
                 losses.append(engine.train_step(batch_of(case, world, step), 1e-3, step).loss)
-                during += writing[0]
+                if step == 3:
+                    during += writing.is_set()
+                    third_step.set()
                 if folder is not None and step in (2, 4):
                     state = {part.key: part.data.copy() for part in to_host(engine.fragments())}
                     saver.save(step, engine.fragments(), {})
-                    saver.wait() if step == 4 else None
+                    if step == 2 and background and not writing.wait(60):
+                        raise TimeoutError("the thread does not write")
             if folder is not None:
+                saver.wait()
                 check_saved(Path(folder) / "step-00000004", state, world)
             saver.close()
     finally:
@@ -88,7 +95,7 @@ def test_saving_changes_no_loss_and_saves_its_moment(name: str, pool: RankPool, 
     behind = pool.run(train_and_save, case.world_size, case, str(tmp_path / "behind"), True)
     waited = pool.run(train_and_save, case.world_size, case, str(tmp_path / "waited"), False)
     assert len({tuple(losses) for losses, _ in (*plain, *behind, *waited)}) == 1
-    assert any(during for _, during in behind), "no step was done while a file was written"
+    assert [during for _, during in behind] == [1] * case.world_size, "no step was done while a file was written"
     assert not any(during for _, during in waited)
     for folder in ("behind", "waited"):
         with Checkpoint.open(tmp_path / folder / "step-00000002", verify=True) as checkpoint:
@@ -232,9 +239,10 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_url(commands: Commands, tmp
         bucket.close()
 
 
-def test_a_url_that_cannot_be_written_stops_nothing(commands: Commands, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_an_upload_that_fails_stops_nothing(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "step-00000003").write_text("a file where a folder should be")
     run_dir = tmp_path / "run"
-    ended = commands.train(run_dir, 1, checkpoint__upload=f"file://{tmp_path}/file/x", train__steps=3).expect(0)
-    assert open_last(run_dir).step == 3
+    ended = commands.train(run_dir, 1, checkpoint__upload=f"file://{tmp_path}/there", train__steps=3).expect(0)
+    assert open_last(run_dir).step == 3 and "done. Step 3 is saved" in ended.out
     assert "step-00000003 was not uploaded to file://" in ended.err and "(1 in a row)" in ended.err

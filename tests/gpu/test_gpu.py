@@ -17,6 +17,7 @@ from gptdist.checkpoint.write import save_checkpoint
 from gptdist.comms import Comms
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.partition import TensorSource
+from gptdist.model.sampling import Sampling
 from gptdist.train.sample import generate
 from gptdist.world import World
 from tests.dist.cases import CLASSIC, LEARNING_RATE, MODELS, NEWLINE, Case, batch_of, engine_of, train, train_steps
@@ -212,6 +213,6 @@ def train_and_generate(world: World, case: Case) -> tuple[list[int], list[int], 
     """Text drawn twice after a few steps, and the logits after the prompt."""
     with engine_of(case, world) as engine:
         train_steps(engine, case, world, range(1, STEPS + 1))
-        first, again = (generate(engine, Comms(world), PROMPT, 16, seed=1) for _ in range(2))
+        first, again = (generate(engine, Comms(world), PROMPT, 16, Sampling(seed=1)) for _ in range(2))
         logits = engine.next_token_logits(torch.tensor(PROMPT))
     return first, again, logits.tolist()

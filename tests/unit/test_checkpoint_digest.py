@@ -16,7 +16,7 @@ from safetensors import safe_open
 from gptdist.checkpoint import tensor_file
 from gptdist.checkpoint.digest import add_digests, partial_digest, render_digest
 from gptdist.checkpoint.fragment import DTYPES, FragmentPlace, HostFragment, as_float64, from_float64, numpy_dtype
-from gptdist.checkpoint.logical import Box, cut_in_order, overlap_or_gap
+from gptdist.checkpoint.logical import Box, cut_in_order, flat_start, overlap_or_gap
 from gptdist.checkpoint.tensor_file import TensorFile, read_fragment_places, write_tensor_file, write_tensor_stream
 
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)
@@ -119,6 +119,16 @@ def test_cuts_are_small_contiguous_and_in_order(shape, most, data):
     found = [flat[part.slices(start)].reshape(-1).tolist() for part in cut_in_order(box, most)]
     assert [value for part in found for value in part] == list(range(box.size))
     assert all(0 < len(part) <= most for part in found)
+
+
+@given(SHAPES, st.data())
+def test_where_a_box_lies_in_another_and_whether_in_one_stretch(shape, data):
+    offset = tuple(data.draw(st.integers(0, 3)) for _ in shape)
+    cuts = [sorted((data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n)))) for n in shape]
+    inner = Box(tuple(a for a, b in cuts), tuple(max(b, a + 1) for a, b in cuts)).shift(offset)
+    flat = np.arange(Box.whole(shape).size).reshape(shape)[inner.slices(offset)].reshape(-1)
+    together = flat.tolist() == list(range(flat[0], flat[0] + len(flat)))
+    assert flat_start(Box.whole(shape).shift(offset), inner) == (int(flat[0]) if together else None)
 
 
 @settings(max_examples=25, deadline=None)

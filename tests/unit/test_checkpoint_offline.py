@@ -22,8 +22,9 @@ from gptdist.checkpoint.manifest import TensorEntry
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.checkpoint.rewrite import balanced_shares, reshard
 from gptdist.checkpoint.write import save_checkpoint
+from gptdist.config.sections import RunConfig
 from gptdist.errors import CheckpointError, StorageError
-from gptdist.train.progress import check_resumable
+from gptdist.train.compatible import check_resumable
 from launch import cli
 from tests.unit.checkpoints import FILE, ONE_RANK, flip_a_bit, rewrite_manifest, save, some_state, whole
 
@@ -125,6 +126,20 @@ def test_reshard_of_any_fragments_keeps_bytes(data, ranks):
         assert contents(Path(folder) / "new") == contents(source)
 
 
+def test_more_files_than_a_process_may_open(run, tmp_path, monkeypatch):
+    source = save(tmp_path, 1)
+    assert run("reshard", source, tmp_path / "many", "--ranks", 90)[0] == 0
+    monkeypatch.setattr("gptdist.checkpoint.read._OPEN_FILES", 5)
+    with Checkpoint.open(tmp_path / "many", verify=True) as checkpoint:
+        opened = len(os.listdir("/proc/self/fd"))
+        for name in checkpoint.names():
+            checkpoint.read(name)
+            assert len(os.listdir("/proc/self/fd")) <= opened + 5
+    assert run("verify", tmp_path / "many")[0] == 0
+    assert run("reshard", tmp_path / "many", tmp_path / "one", "--ranks", 1)[0] == 0
+    assert contents(tmp_path / "one") == contents(source)
+
+
 def test_reshard_of_a_folder_takes_the_newest_good(run, tmp_path):
     save(tmp_path / "checkpoints", 1)
     newest = save(tmp_path / "checkpoints", 2)
@@ -179,6 +194,47 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with Checkpoint.open(source, verify=True) as checkpoint, pytest.raises(StorageError, match="the disk is full"):
         reshard(checkpoint, tmp_path / "new", 2)
     assert in_tree(tmp_path) == before
+
+
+class Killed(BaseException):
+    """As kill -9: nothing after it has any effect, cleaning up included."""
+
+
+def test_killed_at_any_system_call_it_is_whole_or_not_there(tmp_path, monkeypatch):
+    source = save(tmp_path, 1)
+    expected = contents(source)
+    left = 0
+
+    def dying(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    finished = []
+    for instant in range(200):
+        destination = tmp_path / str(instant) / "new"
+        with Checkpoint.open(source, verify=True) as checkpoint, monkeypatch.context() as patch:
+            checkpoint.read("weight/scale")  # the source is open by now
+            left = instant
+            for name in ("mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                reshard(checkpoint, destination, 2)
+                alive = True
+            except Killed:
+                alive = False
+        finished.append(destination.exists())
+        if destination.exists():
+            assert contents(destination) == expected
+        if alive:
+            break
+    assert alive and instant > 10
+    assert finished == sorted(finished) and finished.count(True) < 5 < finished.count(False)
 
 
 def test_a_resharded_checkpoint_is_found_by_a_run(tmp_path, run):
@@ -389,8 +445,8 @@ def test_average_is_the_mean_of_weights_alone(run, tmp_path):
         state = checkpoint.state
         assert checkpoint.step == 3 and state["loss"] is None and "engine" not in state
         assert [origin["step"] for origin in state["averaged_from"]] == [3, 1, 2]
-        with pytest.raises(CheckpointError, match=r"mean of the weights of 3 checkpoints.*checkpoint\.start_from"):
-            check_resumable(state, "x")
+        with pytest.raises(CheckpointError, match=r"mean of 3 checkpoints' weights.*checkpoint\.start_from"):
+            check_resumable(checkpoint.names(), state, RunConfig(), "x")
     assert run("verify", tmp_path / "mean")[0] == 0
 
 

@@ -17,7 +17,7 @@ from gptdist.comms import Comms
 from gptdist.config.sections import ModelConfig
 from gptdist.errors import CheckpointError, NoGoodCheckpoint
 from gptdist.model.parameters import logical_shapes
-from gptdist.train.progress import check_same_model
+from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch import cli
 from tests.unit.checkpoints import FILE, flip_a_bit, rewrite_manifest, save
@@ -222,6 +222,8 @@ def test_another_kind_of_folder_is_refused(tmp_path, capsys):
     rewrite_manifest(path, lambda manifest: manifest.update(format="gptdist-corpus"))
     all_refuse(path, capsys, "format is 'gptdist-corpus', not 'gptdist-checkpoint'. This is no checkpoint of gptdist.")
     (path / "manifest.json").write_text('{"format": "gptdist-corpus"}\n')
+    refused(path, "This is no checkpoint of gptdist")
+    (path / "manifest.json").write_text('{"format": "gptdist-checkpoint"}\n')
     refused(path, "its last line is not the sha256 of the rest")
 
 

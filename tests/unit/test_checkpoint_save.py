@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from gptdist.checkpoint import tensor_file, write
+from gptdist.checkpoint.digest import partial_digest, render_digest
 from gptdist.checkpoint.folder import step_folders
 from gptdist.checkpoint.listing import list_checkpoints
 from gptdist.checkpoint.logical import Box, Piece, fragments_of_range
 from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.checkpoint.retention import Retention
-from gptdist.checkpoint.snapshot import Fragment, as_tensor, dtype_name, to_host
+from gptdist.checkpoint.snapshot import Fragment, as_tensor, dtype_name, host_array, to_host
 from gptdist.checkpoint.write import set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.errors import CheckpointError, GptdistError, StorageError
@@ -109,6 +110,8 @@ def test_any_partition_over_ranks_reads_back_bitwise_in_any_box(case, data):
                     dtype_name(tensor.dtype),
                 )
                 assert same_bits(read(checkpoint, name), tensor)
+                digest = partial_digest(host_array(tensor), Box.whole(tensor.shape), tuple(tensor.shape))
+                assert checkpoint.digest(name) == render_digest(digest)
                 cuts = [sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in tensor.shape]
                 box = Box(tuple(a for a, _ in cuts), tuple(b for _, b in cuts))
                 found = read(checkpoint, name, box)

@@ -63,6 +63,16 @@ RAMP = {"start": 4, "increment": 2, "samples": 100}
         ),
         ({"data__shuffle_blocks": 4}, 1, "data.shuffle_blocks (4) is about blocks, and data.shuffle is global"),
         ({"data__shuffle_block_tokens": 9}, 1, "data.shuffle_block_tokens (9) is about blocks"),
+        (
+            {"launch__run_dir": "runs/a", "checkpoint__start_from": "runs/a/"},
+            1,
+            "checkpoint.start_from (runs/a/) is where this run keeps its own checkpoints, which it resumes by itself.",
+        ),
+        (
+            {"checkpoint__dir": "/c", "checkpoint__start_from": "/x/../c"},
+            1,
+            "begin a run elsewhere: set launch.run_dir",
+        ),
         ({"parallel__tensor": 4, "parallel__pipeline": 2}, 12, "does not divide the world size 12. Use 8 or 16 ranks"),
         ({"parallel__tensor": 4}, 2, "= 4 does not divide the world size 2. Use 4 ranks"),
         (

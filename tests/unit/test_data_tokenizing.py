@@ -25,9 +25,9 @@ from data_tools.tokenizing.encoders import FastEncoder, choose_encoder
 from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
-from data_tools.tokenizing.tiktoken_encoding import BYTE_LETTERS, _tokenizer_json, check_same_ids, tokenizer_of_encoding
+from data_tools.tokenizing.tiktoken_encoding import _tokenizer_json, check_same_ids, tokenizer_of_encoding
 from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
-from gptdist.data.tokenizer import CorpusTokenizer
+from gptdist.data.tokenizer import BYTE_LETTERS, CorpusTokenizer
 from gptdist.errors import CorpusError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""What other systems call our tensors, and the files they read and write."""

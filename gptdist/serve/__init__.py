@@ -1,0 +1,1 @@
+"""A small server of OpenAI's protocol, for trying a model."""
