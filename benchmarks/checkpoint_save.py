@@ -52,6 +52,8 @@ GOALS = {
 }
 _CHUNK = 16 << 20
 
+Found = dict[str, list[tuple[float, float]]]
+
 
 @dataclass(frozen=True)
 class Times:
@@ -82,14 +84,16 @@ def main() -> None:
         write_json(args.out, {"machine": before, "bytes": size, "seconds": found, "ratios": record})
 
 
-def _measure(meeting: Meeting, folder: Path, size: int, rounds: int) -> tuple[int, dict[str, list[tuple[float, float]]]]:
+def _measure(
+    meeting: Meeting, folder: Path, size: int, rounds: int
+) -> tuple[int, dict[str, list[tuple[float, float]]]]:
     torch.set_num_threads(os.cpu_count() or 1)  # ranks have one thread each; this one is alone
     with meeting.group("save", 1):
         state = _state(size)
         candidates = _candidates(folder, state)
         for measure in candidates.values():
             measure()  # memory is taken and touched the first time
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+        found: Found = {name: [] for name in candidates}
         for number in range(rounds):
             for name in list(candidates) if number % 2 == 0 else reversed(candidates):
                 times = candidates[name]()
