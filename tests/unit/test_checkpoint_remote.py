@@ -154,7 +154,8 @@ def test_copy_between_folders_and_urls(tmp_path, capsys, by_url):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_copies_that_are_refused_leave_nothing(tmp_path):
+def test_copies_that_are_refused_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptdist.remote.LONGEST_WAIT_SECONDS", 0.01)  # between attempts
     source, target = save(tmp_path / "a", 9), tmp_path / "b" / "copy"
     file = source / "rank-00000.safetensors"
     content = file.read_bytes()
