@@ -26,6 +26,7 @@ from gptdist.errors import ExchangeError, NotConformant
 from gptdist.exchange.conformance import BOUND, random_probes
 from gptdist.layout import Layout
 from gptdist.train.sample import generate
+from gptdist.model.sampling import Sampling
 from gptdist.world import World
 from launch import export, import_model
 from launch.arguments import parse_arguments
@@ -93,7 +94,7 @@ def in_engine(world: World, checkpoint: Path, model: ModelConfig, tokens: Tensor
         with Checkpoint.open(checkpoint, verify=True) as opened:
             engine.load_weights(TensorSource(opened))
         loss = engine.evaluate([(tokens, torch.ones(len(tokens)))]).loss
-        greedy = generate(engine, Comms(World()), prompt, more, temperature=0)
+        greedy = generate(engine, Comms(World()), prompt, more, Sampling(temperature=0))
         return engine.logits(tokens[:, :-1]).numpy(), loss, greedy
     finally:
         engine.close()
