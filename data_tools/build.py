@@ -238,6 +238,8 @@ class _Build:
             }
 
         self._once(TOKENIZER_STATE, make)
+        if ready is not None:
+            open_job(self.job).tokenizer = ready  # not to be parsed again
         self._once(ANSWERS_FILE, lambda: {"answers": self._answers(ready)})
 
     def _answers(self, ready: CorpusTokenizer | None) -> dict[str, Any] | None:
