@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from data_tools.building.decide import decide
 from data_tools.building.duplicate_tasks import find_exact_duplicates, find_near_duplicates, partitions
 from data_tools.building.finish import finish_corpus
 from data_tools.building.gram_tasks import collect_grams, count_grams, find_common
-from data_tools.building.job import COMMON_FILE, DECISIONS_FILE, TOKENIZER_STATE, Job, open_job, some_texts
+from data_tools.building.job import (
+    ANSWERS_FILE,
+    COMMON_FILE,
+    DECISIONS_FILE,
+    TOKENIZER_STATE,
+    Job,
+    open_job,
+    some_texts,
+)
 from data_tools.building.plan import BuildOptions, Plan, make_plan
 from data_tools.building.tasks import read_documents, sample_documents, write_one_shard
 from data_tools.building.team import Alone, Task, Team
@@ -27,6 +36,7 @@ from data_tools.building.work import WorkFolder
 from data_tools.reporting.progress import NoProgress, Progress
 from data_tools.reporting.statistics import BuildStatistics
 from data_tools.sources.pieces import Piece
+from data_tools.tokenizing.encoders import reference_answers
 from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
 from gptdist.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from gptdist.data.tokenizer import CorpusTokenizer
@@ -228,6 +238,19 @@ class _Build:
             }
 
         self._once(TOKENIZER_STATE, make)
+        if ready is not None:
+            open_job(self.job).tokenizer = ready  # not to be parsed again
+        self._once(ANSWERS_FILE, lambda: {"answers": self._answers(ready)})
+
+    def _answers(self, ready: CorpusTokenizer | None) -> dict[str, Any] | None:
+        """What workers compare the fast library with: asked once, while they begin to load. None: each asks itself."""
+        tokenizer = ready or open_job(self.job).tokenizer
+        if not self.fast or tokenizer.kind == "bytes" or find_spec("gigatoken") is None:
+            return None
+        try:
+            return reference_answers(tokenizer, some_texts(self.plan)).to_dict()
+        except GptdistError:  # a text that is none: what becomes of it is decided where it is read
+            return None
 
     def _sample(self) -> None:
         """Read what a tokenizer is to be trained on: the first training documents in the corpus's order.

@@ -21,6 +21,7 @@ from data_tools.sources.formats import read_piece
 from data_tools.sources.pieces import Piece
 from data_tools.stages.clean import Cleaning
 from data_tools.stages.contamination import EvaluationGrams
+from data_tools.tokenizing.answers import ReferenceAnswers
 from data_tools.tokenizing.encoders import Encoder, choose_encoder
 from gptdist.data.manifest import TOKENIZER_FILE
 from gptdist.data.tokenizer import CorpusTokenizer
@@ -30,6 +31,7 @@ DECISIONS_FILE = "decisions.json"
 GRAMS_FILE = "grams.safetensors"
 COMMON_FILE = "common.json"
 TOKENIZER_STATE = "tokenizer.json"
+ANSWERS_FILE = "answers.json"
 # Text on which the fast tokenizer must agree with the reference before it is used.
 CHECK_SAMPLE_BYTES = 256 << 10
 EXACT = "exact duplicate"
@@ -119,7 +121,10 @@ class OpenJob:
 
     @cached_property
     def _chosen_encoder(self) -> tuple[Encoder, str]:
-        return choose_encoder(self.tokenizer, some_texts(self.plan), self.load(TOKENIZER_STATE)["fast"])
+        found = self.load(ANSWERS_FILE)["answers"]
+        answers = ReferenceAnswers.from_dict(found) if found else None
+        texts = [] if answers and answers.are_of(self.tokenizer) else some_texts(self.plan)
+        return choose_encoder(self.tokenizer, texts, self.load(TOKENIZER_STATE)["fast"], answers=answers)
 
     @property
     def encoder(self) -> Encoder:

@@ -11,13 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
+from data_tools.tokenizing.answers import ReferenceAnswers, ids_digest
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
 from gptdist.data.tokenizer import CorpusTokenizer, refuse_surrogates
-
-# Words of the vocabulary that are compared, each as a document: a tenth of a second of the reference's time.
-_COMPARED_WORDS = 1 << 13
 
 # gigatoken knows a pattern by its spelling. What tiktoken's encodings have -> the spelling of the same split it knows.
 _KNOWN_SPELLINGS = {
@@ -104,11 +101,16 @@ class FastEncoder:
 
 
 def choose_encoder(
-    tokenizer: CorpusTokenizer, sample_texts: Sequence[str], fast: bool = True, parallel: bool = False
+    tokenizer: CorpusTokenizer,
+    sample_texts: Sequence[str],
+    fast: bool = True,
+    parallel: bool = False,
+    answers: ReferenceAnswers | None = None,
 ) -> tuple[Encoder, str]:
     """(what turns texts into ids, which library that is and why). The fast one only after it gave the identical ids.
 
-    Both are asked for `sample_texts`, for texts that are hard for tokenizers, and for words of the vocabulary.
+    Both are asked for `sample_texts`, for texts that are hard for tokenizers, and for words of the vocabulary. With
+    `answers` of this very tokenizer, these are what the fast one must match, and nothing else is asked.
     """
     reference = ReferenceEncoder(tokenizer)
     if tokenizer.kind == "bytes":
@@ -123,16 +125,20 @@ def choose_encoder(
         return reference, f"{name} (gigatoken, some 50 times faster, is not installed: pip install 'gptdist[fast]')"
     except BaseException as error:
         return reference, f"{name} (gigatoken cannot run this tokenizer: {_reason(error)})"
-    hard = [*hard_texts(_added_tokens(tokenizer)), *_words(tokenizer)]
     try:
-        unlike = _first_difference(tokenizer, candidate, [*sample_texts, *hard])
+        if answers is None or not answers.are_of(tokenizer):
+            answers = reference_answers(tokenizer, sample_texts)
+        unlike = None if _agrees(candidate, answers) else _first_difference(tokenizer, candidate, answers.texts)
     except BaseException as error:
         return reference, f"{name} (gigatoken failed on a text: {_reason(error)})"
     if unlike is not None:
-        return reference, f"{name} (gigatoken gave other ids for {_shown(unlike)})"
-    sample_bytes = sum(len(text.encode()) for text in sample_texts)
-    compared = f"{sample_bytes:,} bytes of the corpus and {len(hard):,} hard texts"
-    return candidate, f"gigatoken {version} (gave the identical ids as {name} on {compared})"
+        return reference, f"{name} (gigatoken gave other ids for {unlike})"
+    return candidate, f"gigatoken {version} (gave the identical ids as {name} on {answers.said()})"
+
+
+def reference_answers(tokenizer: CorpusTokenizer, sample_texts: Sequence[str]) -> ReferenceAnswers:
+    """What `choose_encoder` compares with."""
+    return ReferenceAnswers.of(tokenizer, sample_texts, _added_tokens(tokenizer))
 
 
 def _plain_json(tokenizer: CorpusTokenizer) -> str:
@@ -157,25 +163,26 @@ def _added_tokens(tokenizer: CorpusTokenizer) -> list[str]:
     return [token["content"] for token in json.loads(tokenizer.content).get("added_tokens") or []]
 
 
-def _words(tokenizer: CorpusTokenizer) -> list[str]:
-    return of_vocabulary([tokenizer.decode([index]) for index in range(tokenizer.vocab_size)], _COMPARED_WORDS)
+def _agrees(candidate: FastEncoder, answers: ReferenceAnswers) -> bool:
+    """Whether the candidate gives the same ids, at once and when it has seen all of the texts."""
+    if ids_digest(*candidate.encode_flat(answers.texts)) != answers.digest:
+        return False
+    ids, ends = candidate.encode_flat(answers.texts[::-1])
+    rows = np.split(ids, ends[:-1])[::-1]
+    return ids_digest(np.concatenate(rows), np.cumsum([len(row) for row in rows])) == answers.digest
 
 
-def _first_difference(tokenizer: CorpusTokenizer, candidate: FastEncoder, texts: Sequence[str]) -> str | None:
-    """The first text to which the candidate gives other ids, at once or when it has seen all of them."""
-    ids, ends = tokenizer.encode_flat(texts)
-    expected = np.split(ids, ends[:-1])
+def _first_difference(tokenizer: CorpusTokenizer, candidate: FastEncoder, texts: Sequence[str]) -> str:
+    """The first text to which the candidate gives other ids, as it is shown."""
     for turn in (1, -1):
-        found_ids, found_ends = candidate.encode_flat(texts[::turn])
-        lengths = np.diff(ends, prepend=0)[::turn]
-        same_ends = np.array_equal(found_ends, np.cumsum(lengths))
-        if same_ends and np.array_equal(found_ids, np.concatenate(expected[::turn])):
-            continue
-        found = np.split(found_ids, found_ends[:-1])[::turn]
-        for text, ours, theirs in zip(texts, expected, found, strict=True):
+        expected, found = (
+            np.split(ids, ends[:-1])
+            for ids, ends in (library.encode_flat(texts[::turn]) for library in (tokenizer, candidate))
+        )
+        for text, ours, theirs in zip(texts[::turn], expected, found, strict=True):
             if not np.array_equal(ours, theirs):
-                return text
-    return None
+                return _shown(text)
+    return "a text, but not when asked again"
 
 
 def _merged(

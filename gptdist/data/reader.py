@@ -26,8 +26,9 @@ MAX_OPEN_SHARDS = 256
 
 _REMEDY = "Copy the corpus again from where it came, or build it again; `gptdist data verify` lists all damage."
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
-# Rows gathered by one call of numpy: the narrow copy that it makes of them stays in the processor's cache.
-_ROWS_AT_ONCE = 64
+# Tokens gathered by one call of numpy: the narrow copy that it makes of them, and what it becomes, stay in the
+# processor's cache. Up to twice as many (64 rows of 2,049) are not worth a second call.
+_TOKENS_AT_ONCE = 66_000
 # Fewer rows of a shard are copied one by one.
 _FEW_ROWS = 4
 
@@ -93,10 +94,18 @@ class TokenReader:
         self.index = ChunkIndex.open(index_path, info.chunks, info.tokens, info.documents)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._verify = verify
+        if len(self.index) and self.index.token_start[0]:
+            raise self._damaged_index()
+        self._one_shard = len(self._lines) == 1
+        self._chunk_ends = self.index.token_start[1:]
         # For each chunk what makes a token's place in the split its place in the shard, counted in tokens. 0: not yet
         # looked at (or, once in a great while, really 0: then it is looked at each time). The system gives memory only
         # to the pages that are written.
         self._shifts = np.zeros(len(self.index), dtype=np.int64)
+        # For each chunk that a window of _limits_for tokens was read from: where, in the split, windows begin to reach
+        # beyond it. 0: none was.
+        self._limits_for = 0
+        self._limits = self._shifts
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._unreadable: dict[int, str] = {}
 
@@ -145,19 +154,35 @@ class TokenReader:
 
     def windows(self, indices: Sequence[int] | np.ndarray, sequence_length: int, out: np.ndarray) -> np.ndarray:
         """Many windows, into the rows of `out`: int64 [len(indices), sequence_length + 1], which is returned."""
+        # After each batch the processor's caches are cold, and a call of numpy costs as much as half a row. So this is
+        # one function, with few calls for all windows but those that cross chunks.
         wanted = np.asarray(indices, dtype=np.int64)
-        num_windows = (self.num_tokens - 1) // sequence_length
-        if not len(wanted):
+        count, length = len(wanted), sequence_length + 1
+        if not count:
             return out
-        if wanted.view(np.uint64).max() >= num_windows:  # below 0 is far above
-            wrong = wanted.min() if wanted.min() < 0 else wanted.max()
-            raise IndexError(f"window {wrong} of {num_windows} in the {self.split} split")
-        if out.shape != (len(wanted), sequence_length + 1):
-            raise ValueError(f"out is {out.shape}, not {(len(wanted), sequence_length + 1)}")
+        if np.maximum.reduce(wanted.view(np.uint64)) >= (self.num_tokens - 1) // sequence_length:
+            raise self._no_such_window(wanted, sequence_length)  # below 0 is far above
+        if out.shape != (count, length):
+            raise ValueError(f"out is {out.shape}, not {(count, length)}")
+        if length != self._limits_for:
+            self._limits_for, self._limits = length, np.zeros(len(self.index), dtype=np.int64)
         while True:
             served = self._readable(wanted, sequence_length) if self._unreadable else wanted
+            starts = served * sequence_length
             try:
-                self._gather(served * sequence_length, sequence_length + 1, out)
+                # Whatever the index holds: a search ends where the chunk's end is above the key, the one before not.
+                chunks = self._chunk_ends.searchsorted(starts, side="right")
+                across: list[tuple[int, int, int]] = []
+                if np.count_nonzero(starts < self._limits.take(chunks)) < count:
+                    across = self._look_up(starts, chunks, length)
+                if len(across) < count:
+                    starts += self._shifts.take(chunks)  # positions in shards from here on
+                    if self._one_shard and count * length <= 2 * _TOKENS_AT_ONCE:
+                        out[:] = self._shard(0).runs(length)[starts]
+                    else:
+                        self._copy_from_shards(self.index.shard.take(chunks), starts, out)
+                for row, chunk, start in across:
+                    self._copy_across(out[row], chunk, start)
             except UnreadableShard as error:
                 self._pass_over(error)
                 continue
@@ -205,70 +230,76 @@ class TokenReader:
         if self._owns_store:
             self.store.close()
 
-    def _gather(self, starts: np.ndarray, length: int, out: np.ndarray) -> None:
-        # Numpy is called as seldom as can be: after each batch the caches are cold, and a call costs as much as a row.
-        index = self.index
-        chunks = index.token_start.searchsorted(starts, side="right")
-        whole = index.token_start[chunks] >= starts + length  # the next chunk begins after the window
-        chunks -= 1
-        if (index.token_start[chunks] > starts).any():
-            raise self._damaged_index()
-        rows: np.ndarray | None = None  # all
-        if not whole.all():
-            for row in np.flatnonzero(~whole).tolist():
-                chunk = int(chunks[row])
-                self._copy_across(out[row], chunk, int(starts[row] - index.token_start[chunk]))
-            rows = np.flatnonzero(whole)
-            chunks, starts = chunks[rows], starts[rows]
-            if not len(rows):
-                return
-        shifts = self._shifts[chunks]
-        if not shifts.all():
-            for chunk in np.unique(chunks[shifts == 0]).tolist():
-                self._look_at(chunk)
-            shifts = self._shifts[chunks]
-        shifts += starts
-        numbers = index.shard[chunks]
-        if numbers.max() == numbers.min():
-            self._copy_rows(int(numbers[0]), shifts, out, rows)
+    def _no_such_window(self, wanted: np.ndarray, sequence_length: int) -> IndexError:
+        wrong = wanted.min() if wanted.min() < 0 else wanted.max()
+        return IndexError(f"window {wrong} of {(self.num_tokens - 1) // sequence_length} in the {self.split} split")
+
+    def _look_up(self, starts: np.ndarray, chunks: np.ndarray, length: int) -> list[tuple[int, int, int]]:
+        """Look at the chunks of windows where that was not done yet. Returns (row, chunk, start) of those that go on in
+        the next chunk; `starts` and `chunks` then have another window in their place, to be written over.
+        """
+        across = []
+        for row in np.flatnonzero(starts >= self._limits.take(chunks)).tolist():
+            chunk, start = int(chunks[row]), int(starts[row])
+            first, end = self.index.token_start[chunk : chunk + 2].tolist()
+            if start < first:
+                raise self._damaged_index()
+            if start + length > end:
+                across.append((row, chunk, start))
+            elif not self._limits[chunk]:
+                if not self._shifts[chunk]:
+                    self._look_at(chunk)
+                self._limits[chunk] = end - length + 1
+        if across and len(across) < len(starts):
+            others = {row for row, _, _ in across}
+            stand_in = next(row for row in range(len(starts)) if row not in others)
+            for row in others:
+                starts[row], chunks[row] = starts[stand_in], chunks[stand_in]
+        return across
+
+    def _copy_from_shards(self, numbers: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
+        """For each row of `out` the window that begins at its position in the shard of its number."""
+        if numbers[0] == numbers[-1] and np.count_nonzero(numbers == numbers[0]) == len(numbers):
+            self._copy_rows(int(numbers[0]), positions, out)
             return
         order = numbers.argsort(kind="stable")
-        numbers, positions = numbers[order], shifts[order]
-        rows = order if rows is None else rows[order]
+        numbers, positions = numbers[order], positions[order]
         ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(order)]
         first = 0
         for end in ends:
-            self._copy_rows(int(numbers[first]), positions[first:end], out, rows[first:end])
+            number, rows = int(numbers[first]), order[first:end]
+            if end - first < _FEW_ROWS:
+                flat, length = self._shard(number).flat, out.shape[1]
+                for row, position in zip(rows.tolist(), positions[first:end].tolist(), strict=True):
+                    out[row] = flat[position : position + length]
+            else:
+                self._copy_rows(number, positions[first:end], out, rows)
             first = end
 
-    def _copy_rows(self, number: int, positions: np.ndarray, out: np.ndarray, rows: np.ndarray | None) -> None:
+    def _copy_rows(self, number: int, positions: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Windows that begin at `positions` of one shard, into `rows` of `out`; None: into all of them."""
-        shard = self._shard(number)
-        length = out.shape[1]
-        count = len(positions)
-        if count < _FEW_ROWS:
-            places = range(count) if rows is None else rows.tolist()
-            for row, position in zip(places, positions.tolist(), strict=True):
-                out[row] = shard.flat[position : position + length]
-            return
-        runs = shard.runs(length)
-        if count <= _ROWS_AT_ONCE:
-            out[slice(None) if rows is None else rows] = runs[positions]
-            return
-        for first in range(0, count, _ROWS_AT_ONCE):
-            block = slice(first, first + _ROWS_AT_ONCE)
+        count, length = len(positions), out.shape[1]
+        runs = self._shard(number).runs(length)
+        at_once = max(1, _TOKENS_AT_ONCE // length)
+        for first in range(0, count, at_once):
+            block = slice(first, first + at_once)
             out[block if rows is None else rows[block]] = runs[positions[block]]
 
-    def _copy_across(self, out: np.ndarray, chunk: int, skip: int) -> None:
-        """A window that begins in `chunk` and goes on in the next ones."""
-        filled = 0
-        while filled < len(out):
-            piece = self.chunk_tokens(chunk)[skip : skip + len(out) - filled]
-            if not len(piece):  # only an index out of order leads here
+    def _copy_across(self, out: np.ndarray, chunk: int, start: int) -> None:
+        """The window from token `start` of the split on, which is in `chunk` and goes on in the next ones."""
+        filled, length = 0, len(out)
+        while filled < length:
+            shift = int(self._shifts[chunk])
+            if not shift:
+                self._look_at(chunk)
+                shift = int(self._shifts[chunk])
+            end = min(int(self._chunk_ends[chunk]), start + length - filled)
+            if end <= start:  # only an index out of order leads here
                 raise self._damaged_index()
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            chunk, skip = chunk + 1, 0
+            flat = self._shard(0 if self._one_shard else int(self.index.shard[chunk])).flat
+            out[filled : filled + end - start] = flat[start + shift : end + shift]
+            filled += end - start
+            chunk, start = chunk + 1, end
 
     def _readable(self, wanted: np.ndarray, sequence_length: int) -> np.ndarray:
         """For each window the first one from it on, cyclically, that touches no unreadable shard."""

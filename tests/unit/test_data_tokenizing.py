@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from data_tools.tokenizing import encoders
-from data_tools.tokenizing.encoders import FastEncoder, choose_encoder
+from data_tools.tokenizing.answers import ReferenceAnswers
+from data_tools.tokenizing.encoders import FastEncoder, choose_encoder, reference_answers
 from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
@@ -267,6 +269,26 @@ def test_other_ids_send_the_build_to_the_reference(trained: CorpusTokenizer, mon
     assert not encoder.fast
     assert said.endswith("(gigatoken gave other ids for 'rare words')")
     assert rows(encoder.encode_flat(["rare words"])) == [trained.encode("rare words")]
+    answers = reference_answers(trained, ["common words", "rare words"])
+    assert choose_encoder(trained, [], answers=answers)[1] == said
+    assert choose_encoder(trained, [], answers=reference_answers(trained, ["common words"]))[0].fast
+
+
+def test_answers_stand_for_the_tokenizer_that_gave_them_only(
+    trained: CorpusTokenizer, small: dict[str, CorpusTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ReferenceAnswers.from_dict(json.loads(json.dumps(reference_answers(trained, ["some text"]).to_dict())))
+    encoder, said = choose_encoder(trained, ["some text"])
+    monkeypatch.setattr(CorpusTokenizer, "encode_flat", None)  # not asked again, nor even parsed
+    assert choose_encoder(trained, [], answers=answers)[1] == said
+    monkeypatch.undo()
+    assert encoder.fast
+    other = next(iter(small.values()))
+    assert not answers.are_of(other)
+    assert choose_encoder(other, ["some text"], answers=answers) is not None
+    changed = replace(answers, digest="0" * 64)
+    assert not choose_encoder(trained, [], answers=changed)[0].fast
+    assert not replace(answers, library="0.0").are_of(trained)
 
 
 def test_a_tokenizer_that_gigatoken_does_not_know_runs_on_the_reference(trained: CorpusTokenizer) -> None:
