@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data_tools.tokenizing.hard_texts import hard_texts
+from gptdist.model.sampling import Sampling
 from gptdist.train.sample import generate
 from launch.trained import Trained, open_trained
 from tests.dist.commands import Commands
@@ -84,7 +85,7 @@ def test_llama_cpp_generates_the_same(kind: str, commands: Commands, tmp_path: P
         for prompt in PROMPTS:
             ids = trained.tokenizer.encode(prompt)
             check_logits(model, trained, ids, bound)
-            ours = generate(trained.engine, trained.comms, ids, NEW_TOKENS, temperature=0)
+            ours = generate(trained.engine, trained.comms, ids, NEW_TOKENS, Sampling(temperature=0))
             assert likeliest(model, ids, NEW_TOKENS) == ours
         check_logits(model, trained, trained.tokenizer.encode("".join(texts[:40]))[:256], bound)
 
