@@ -6,7 +6,8 @@ Usage: python -m benchmarks.data_read --peer-python PEERS/bin/python [--tokens 1
 Rows are windows of 2,049 tokens in the order of training, delivered as int64 in batches; peers deliver rows of as many
 tokens in their own shuffle and their own type, each in its fastest mode. All is in the page cache and was read before:
 a first reading also checks digests, and is measured by itself. Every round measures all of them in turn; a ratio is
-taken within a round, and the median over rounds is what counts. `benchmarks/peers.txt` says how to get the peers.
+taken within a round, and the median over rounds is what counts. A batch is half a million tokens, that of GPT-3's
+smallest (Brown et al. 2020, table 2.1). `benchmarks/peers.txt` says how to get the peers.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peer-python", type=Path, help="Python of the peers' environment; without it: no peers")
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--batch-rows", type=int, default=64, help="rows in a batch of ours (default: 64)")
+    parser.add_argument(
+        "--batch-rows", type=int, default=256, help="rows in a batch of ours (default: 256, half a million tokens)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="steps for the loader's part in a step")
     parser.add_argument("--only", action="append", choices=PEERS, help="these peers; repeatable")
