@@ -18,6 +18,8 @@ from typing import Any
 
 from gptdist.checkpoint.digest import add_digests, render_digest
 from gptdist.checkpoint.folder import (
+    FILE_MODE,
+    FOLDER_MODE,
     LATEST,
     commit,
     free_step_path,
@@ -32,7 +34,13 @@ from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Mani
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.checkpoint.retention import Retention, prune
 from gptdist.checkpoint.room import look_for_room
-from gptdist.checkpoint.staging import check_staging_room, copy_durably, forget_cached_pages, staged_file
+from gptdist.checkpoint.staging import (
+    check_staging_room,
+    copy_durably,
+    forget_cached_pages,
+    remove_staged,
+    staged_file,
+)
 from gptdist.checkpoint.tensor_file import OnPhase, file_size, no_phase, read_fragment_places, write_tensor_file
 from gptdist.checkpoint.verified import mark_verified
 from gptdist.comms import Comms
@@ -149,6 +157,7 @@ def _check_room(
                 if room.warning:
                     _log.warning("%s", room.warning)
             if options.staging_dir is not None:
+                remove_staged(options.staging_dir, checkpoints_dir, comms.world)
                 check_staging_room(options.staging_dir, sizes, comms.world)
         except OSError as error:
             raise storage_error(error, checkpoints_dir, 0) from error
@@ -156,7 +165,7 @@ def _check_room(
 
 def _make_folder(temporary: Path) -> None:
     try:
-        temporary.mkdir()
+        temporary.mkdir(FOLDER_MODE)
     except OSError as error:
         raise storage_error(error, temporary, 0) from error
 
@@ -262,7 +271,7 @@ def _commit(
     content = manifest.render()
     path = temporary / MANIFEST
     try:
-        write_durably(path, content)
+        write_durably(path, content, FILE_MODE)
         on_phase("rename")
         final = free_step_path(checkpoints_dir, step)
         commit(temporary, final)
