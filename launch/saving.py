@@ -63,6 +63,7 @@ def open_saver(
         checkpoint.read_back,
         Path(checkpoint.staging_dir) if checkpoint.staging_dir else None,
         protected,
+        checkpoint.trust_others,
     )
     channel = open_channel(world, max(config.launch.timeout, LONGEST_SAVE_SECONDS))
     background = checkpoint.background and saves_midway(config)

@@ -28,6 +28,7 @@ from gptdist.checkpoint.folder import (
     set_aside,
     storage_error,
     temporary_path,
+    trust_problem,
 )
 from gptdist.checkpoint.fragment import HostFragment, check_fragments
 from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Manifest, TensorEntry
@@ -56,12 +57,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """What a save does beyond writing. `protected`: checkpoints that retention must leave, asked on rank 0."""
+    """What a save does beyond writing. `protected`: checkpoints that retention must leave, asked on rank 0.
+    `trust_others`: whoever loads them will not ask who owns them."""
 
     retention: Retention = field(default_factory=Retention)
     read_back: bool = False
     staging_dir: Path | None = None
     protected: Callable[[], Collection[Path]] = tuple
+    trust_others: bool = False
 
 
 def save_checkpoint(
@@ -97,7 +100,7 @@ def save_checkpoint(
         on_phase("folder")
         with comms.together():
             if comms.is_first:
-                _make_folder(temporary)
+                _make_folder(temporary, options.trust_others)
         entries = _write_all(temporary, mine, comms, options.staging_dir, on_phase, on_written)
         on_phase("manifest")
         final = ""
@@ -163,11 +166,15 @@ def _check_room(
             raise storage_error(error, checkpoints_dir, 0) from error
 
 
-def _make_folder(temporary: Path) -> None:
+def _make_folder(temporary: Path, trust_others: bool) -> None:
     try:
         temporary.mkdir(FOLDER_MODE)
     except OSError as error:
         raise storage_error(error, temporary, 0) from error
+    # This process made it, so it is the file system that gives it to somebody else: as NFS does with root's files.
+    problem = None if trust_others else trust_problem(temporary)
+    if problem:
+        _log.warning("what is saved here will be refused when it is to be resumed: %s", problem)
 
 
 def _write_all(
