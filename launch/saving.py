@@ -88,7 +88,8 @@ def find_checkpoint(config: RunConfig, comms: Comms) -> FoundCheckpoint | None:
         found, none_good = None, error
     if found is not None or url is None:
         return found
-    path, skipped = fetch_newest(RemoteFolder(url), folder, comms)
+    # A channel that waits for whoever downloads longest; training's would give that rank up.
+    path, skipped = fetch_newest(RemoteFolder(url), folder, open_channel(comms.world, LONGEST_UPLOAD_SECONDS))
     if path is not None:
         # `skipped` were newer, so they come first.
         return FoundCheckpoint(Checkpoint.open(path, verify=True, comms=comms, trust_others=trust), skipped)

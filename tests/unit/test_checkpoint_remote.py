@@ -25,6 +25,7 @@ from gptdist.errors import CheckpointError, ConfigError, NoGoodCheckpoint, Remot
 from gptdist.remote import RemoteFolder
 from gptdist.train.progress import Progress, run_state
 from gptdist.world import World
+from launch import saving
 from launch.ckpt_copy import main as ckpt_copy
 from launch.saving import find_checkpoint
 from tests.unit.thread_ranks import on_ranks
@@ -136,6 +137,24 @@ def run_with_url(tmp_path):
             "checkpoint": {"upload": f"file://{tmp_path}/there"},
         }
     )
+
+
+def test_a_slow_download_at_the_start_is_waited_for_as_an_upload_is(tmp_path, monkeypatch):
+    upload_checkpoint(save(tmp_path / "here", 5), remote_of(tmp_path / "there"), "step-00000005")
+    opened = []
+
+    def open_channel(world, seconds):
+        opened.append((Comms(world), seconds))
+        return opened[-1][0]
+
+    used, real = [], saving.fetch_newest
+    monkeypatch.setattr(saving, "open_channel", open_channel)
+    monkeypatch.setattr(
+        saving, "fetch_newest", lambda remote, folder, comms: used.append(comms) or real(remote, folder, comms)
+    )
+    found = find_checkpoint(run_with_url(tmp_path), ONE_RANK)
+    assert found is not None and found.checkpoint.step == 5
+    assert opened == [(used[0], saving.LONGEST_UPLOAD_SECONDS)] and used[0] is not ONE_RANK
 
 
 def test_none_good_here_and_behind_the_url_is_told_in_lines(tmp_path):
