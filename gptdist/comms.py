@@ -79,17 +79,19 @@ class Comms:
         return any(self.gather(bool(flag)))
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank brings an error: the lowest rank's, of its own gptdist class."""
-        mine = None if error is None else [type(error).__name__, str(error)]
+        """Raise on every rank if any rank brings an error: the lowest rank's, of its own gptdist class. Of a class that
+        `errors` has not got, the other ranks raise the nearest base that it has."""
+        mine = None if error is None else [[kind.__name__ for kind in type(error).__mro__], str(error)]
         for global_rank, found in enumerate(self.gather(mine)):
             if found is None:
                 continue
             if error is not None and global_rank == self.world.global_rank:
                 raise error
-            kind = getattr(errors, found[0], None)
-            if not (isinstance(kind, type) and issubclass(kind, errors.GptdistError)):
-                kind, found = errors.GptdistError, [found[0], f"{found[0]}: {found[1]}"]
-            raise kind(f"[rank {global_rank}] {found[1]}")
+            names, text = found
+            for kind in (getattr(errors, name, None) for name in names):
+                if isinstance(kind, type) and issubclass(kind, errors.GptdistError):
+                    raise kind(f"[rank {global_rank}] {text}")
+            raise errors.GptdistError(f"[rank {global_rank}] {names[0]}: {text}")
 
     @contextmanager
     def together(self) -> Iterator[None]:

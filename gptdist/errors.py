@@ -60,6 +60,10 @@ class StorageError(UserError):
     """A disk is full or a folder cannot be written."""
 
 
+class RemoteFailed(StorageError):
+    """Something behind a URL could not be read or written, however often it was tried."""
+
+
 class NotConformant(GptdistError):
     """What was exported does not compute what our model computes."""
 

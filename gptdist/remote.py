@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from gptdist.errors import ConfigError, GptdistError, StorageError
+from gptdist.errors import ConfigError, GptdistError, RemoteFailed, StorageError
 
 # A range that is asked for at once: large against the latency of an object store, small against memory.
 BLOCK_BYTES = 16 << 20
@@ -26,10 +26,6 @@ _PERMANENT_STATUS = frozenset({400, 401, 403, 404, 405, 410})
 _PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NAMES = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"})
 _Result = TypeVar("_Result")
-
-
-class RemoteFailed(StorageError):
-    """Something behind a URL could not be read or written, however often it was tried."""
 
 
 class StoredFile(Protocol):

@@ -4,6 +4,7 @@ Reads, prints and marks; loads no torch.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gptdist.checkpoint.folder import step_folders
-from gptdist.checkpoint.listing import CheckpointSummary, list_checkpoints, summarize
+from gptdist.checkpoint.listing import CheckpointSummary, find_step_folders, list_checkpoints, summarize
 from gptdist.checkpoint.read import is_checkpoint
 from gptdist.checkpoint.verify import Verdict, verify_checkpoint
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, CheckpointError
@@ -52,8 +52,7 @@ def verify(args: argparse.Namespace) -> int:
     """Hash every byte of one checkpoint, or of all in a folder; exit 1 where any is bad."""
     paths = [args.path]
     if not is_checkpoint(args.path):
-        folder = _checkpoints_dir(args.path)
-        paths = step_folders(folder) if folder.is_dir() else []
+        paths = find_step_folders(_checkpoints_dir(args.path)) or []
     if not paths:
         raise CheckpointError(
             f"there is no checkpoint at {args.path}. Give a run's folder, its checkpoints folder, or one step-... "
@@ -82,7 +81,7 @@ def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Iterable[
 
 def _checkpoints_dir(path: Path) -> Path:
     inner = path / "checkpoints"
-    return inner if inner.is_dir() else path
+    return inner if os.path.isdir(inner) else path
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -5,9 +5,11 @@ Knows the `checkpoint` section, folders, a URL and ranks. Must not know engines,
 
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from gptdist.checkpoint.copying import complete_checkpoints, fetch_newest
+from gptdist.checkpoint.folder import rubbish_bytes
 from gptdist.checkpoint.manifest import load_manifest
 from gptdist.checkpoint.read import Checkpoint, FoundCheckpoint, find_latest
 from gptdist.checkpoint.retention import Retention
@@ -61,6 +63,7 @@ def open_saver(
         checkpoint.read_back,
         Path(checkpoint.staging_dir) if checkpoint.staging_dir else None,
         protected,
+        checkpoint.trust_others,
     )
     channel = open_channel(world, max(config.launch.timeout, LONGEST_SAVE_SECONDS))
     background = checkpoint.background and saves_midway(config)
@@ -85,13 +88,16 @@ def find_checkpoint(config: RunConfig, comms: Comms) -> FoundCheckpoint | None:
         found, none_good = None, error
     if found is not None or url is None:
         return found
-    path, skipped = fetch_newest(RemoteFolder(url), folder, comms)
+    # A channel that waits for whoever downloads longest; training's would give that rank up.
+    path, skipped = fetch_newest(RemoteFolder(url), folder, open_channel(comms.world, LONGEST_UPLOAD_SECONDS))
     if path is not None:
         # `skipped` were newer, so they come first.
         return FoundCheckpoint(Checkpoint.open(path, verify=True, comms=comms, trust_others=trust), skipped)
     if none_good is not None or skipped:
-        reasons = "".join(f"\n  {reason}" for reason in skipped)
-        raise NoGoodCheckpoint(f"{none_good or ''}{without_secrets(url)} has no good checkpoint either:{reasons}")
+        reasons = [str(none_good)] if none_good is not None else []
+        behind = "".join(f"\n  {reason}" for reason in skipped)
+        reasons.append(f"{without_secrets(url)} has {f'none that is good:{behind}' if skipped else 'no checkpoint'}")
+        raise NoGoodCheckpoint("\n".join(reasons))
     return None
 
 
@@ -132,6 +138,7 @@ def check_room(config: RunConfig) -> str | None:
     try:
         # Weights and two moments, 4 bytes each.
         room = look_for_room(folder, 12 * parameter_count(config.model), retention_of(config.checkpoint))
+        room = replace(room, free=room.free + rubbish_bytes(folder))  # the first save begins by deleting it
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be read: {error.strerror or error}. Set checkpoint.dir to a folder that this user can "

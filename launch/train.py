@@ -175,12 +175,16 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
         plain = _build_loader(config, layout, engine, data)
         allowed = config.data.max_unreadable_shards
         loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
+        patience = config.launch.timeout  # after an error: a save that is being written is worth finishing
         try:
             with _sinks(config, comms, progress) as sinks:
                 loop = _build_loop(config, world, layout, engine, comms, data, loader, saver, progress, sinks)
                 stopped = loop.run()
+        except KeyboardInterrupt:
+            patience = 0.0  # the second Ctrl-C, which was promised to end the run at once
+            raise
         finally:
-            saver.close(config.launch.timeout)  # after an error: a save that is being written is worth finishing
+            saver.close(patience)
             data.stop_fetching()  # the reading thread may be waiting for a shard
             loader.close()
         if comms.is_first:

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.checkpoint.folder import commit, file_problem, free_step_path, parse_step, storage_error, temporary_path
+from gptdist.checkpoint.folder import (
+    FILE_MODE,
+    FOLDER_MODE,
+    commit,
+    file_problem,
+    free_step_path,
+    parse_step,
+    remove_rubbish,
+    storage_error,
+    temporary_path,
+)
 from gptdist.checkpoint.listing import check_step_name
 from gptdist.checkpoint.manifest import MANIFEST, Manifest, load_manifest, parse_manifest
 from gptdist.checkpoint.retention import Retention
@@ -20,8 +30,8 @@ from gptdist.checkpoint.staging import copy_durably
 from gptdist.checkpoint.verified import mark_verified
 from gptdist.comms import Comms
 from gptdist.durable import write_durably
-from gptdist.errors import CheckpointError, StorageError
-from gptdist.remote import RemoteFailed, RemoteFolder
+from gptdist.errors import CheckpointError, RemoteFailed, StorageError
+from gptdist.remote import RemoteFolder
 from gptdist.world import World
 
 ONE_RANK = Comms(World())
@@ -70,6 +80,8 @@ def fetch_newest(remote: RemoteFolder, checkpoints_dir: Path, comms: Comms) -> t
     with comms.together():
         if comms.is_first:
             names = complete_checkpoints(remote)
+            if checkpoints_dir.is_dir():
+                remove_rubbish(checkpoints_dir)  # a start that was killed may have left most of a checkpoint
     skipped: list[str] = []
     for name in comms.broadcast(names):
         try:
@@ -95,7 +107,7 @@ def fetch_checkpoint(
 
     def get(file: str, target: Path) -> None:
         entry = manifest.files[file]
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             remote.download(_RemoteFile(f"{name}/{file}", entry.bytes, entry.sha256), descriptor)
             os.fsync(descriptor)
@@ -134,7 +146,8 @@ def _assemble(
                     _check_final(final, manifest)
                 try:
                     look_for_room(checkpoints_dir, manifest.total_bytes, Retention()).check(f"step {manifest.step}")
-                    temporary.mkdir(parents=True)
+                    checkpoints_dir.mkdir(parents=True, exist_ok=True)
+                    temporary.mkdir(FOLDER_MODE)
                 except OSError as error:
                     raise storage_error(error, temporary, 0) from error
         with comms.together():
@@ -147,7 +160,7 @@ def _assemble(
         with comms.together():
             if comms.is_first:
                 try:
-                    write_durably(temporary / MANIFEST, content)
+                    write_durably(temporary / MANIFEST, content, FILE_MODE)
                     mark_verified(temporary, manifest)
                     path = final or free_step_path(checkpoints_dir, manifest.step)
                     commit(temporary, path)

@@ -19,6 +19,9 @@ from gptdist.durable import sync_folder
 from gptdist.errors import StorageError
 
 LATEST = "latest"
+FOLDER_MODE = 0o775
+FILE_MODE = 0o664
+"""Of what is written, before the umask: where there is none, every user could write it, and it would be refused."""
 _STEP_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _TEMPORARY = ".tmp-"
 _DOOMED = ".doomed-"
@@ -63,7 +66,10 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def doom(folder: Path) -> None:
-    """Delete a folder so that a crash half-way leaves nothing that looks like a checkpoint."""
+    """Delete a folder so that a crash half-way leaves nothing that looks like a checkpoint; of a link, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     doomed = folder.with_name(_DOOMED + folder.name)
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -88,9 +94,24 @@ def set_aside(checkpoints_dir: Path) -> Path | None:
 
 def remove_rubbish(checkpoints_dir: Path) -> None:
     """Delete what crashed saves and deletions left. Only safe while nobody saves into `checkpoints_dir`."""
-    for path in checkpoints_dir.iterdir():
-        if path.name.startswith((_TEMPORARY + "step-", _DOOMED + "step-")) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    for path in _rubbish(checkpoints_dir):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rubbish_bytes(checkpoints_dir: Path) -> int:
+    """What `remove_rubbish` would free: a save that was killed can have left nearly a whole checkpoint."""
+    if not checkpoints_dir.is_dir():
+        return 0
+    files = (file for path in _rubbish(checkpoints_dir) for file in path.iterdir())
+    return sum(regular_file_size(file) or 0 for file in files)
+
+
+def _rubbish(checkpoints_dir: Path) -> list[Path]:
+    return [
+        path
+        for path in checkpoints_dir.iterdir()
+        if path.name.startswith((_TEMPORARY + "step-", _DOOMED + "step-")) and path.is_dir() and not path.is_symlink()
+    ]
 
 
 def regular_file_size(path: Path) -> int | None:

@@ -41,9 +41,23 @@ def list_checkpoints(
 
     Raises CheckpointError where the folder does not exist.
     """
-    if not checkpoints_dir.is_dir():
+    found = find_step_folders(checkpoints_dir)
+    if found is None:
         raise CheckpointError(f"no folder {checkpoints_dir}. Give a folder that holds step-... folders.")
-    return [summarize(path, verify, trust_others) for path in step_folders(checkpoints_dir)]
+    return [summarize(path, verify, trust_others) for path in found]
+
+
+def find_step_folders(checkpoints_dir: Path) -> list[Path] | None:
+    """As `step_folders`, for whoever was given the folder's name; None where there is none. Raises CheckpointError."""
+    try:
+        return step_folders(checkpoints_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the folder {checkpoints_dir}: {error.strerror or error}. Have its mode set so that this user "
+            "may, or name another."
+        ) from error
 
 
 def check_step_name(folder: Path, manifest: Manifest) -> None:

@@ -104,18 +104,21 @@ def load_manifest(folder: Path) -> Manifest:
     Raises CheckpointError, which names the manifest and what is wrong with it.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+        content = path.read_bytes() if is_folder and path.is_file() and not path.is_symlink() else None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    if not is_folder:
         raise CheckpointError(f"no checkpoint folder {folder}. Give the path of a step-... folder.")
-    if path.is_symlink() or not path.is_file():
+    if content is None:
         raise CheckpointError(
             f"{path} is missing: this is no checkpoint, or one that was never finished. Use another step-... folder."
         )
     try:
-        return parse_manifest(path.read_bytes())
+        return parse_manifest(content)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def parse_manifest(content: bytes) -> Manifest:

@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, trust_problem
+from gptdist.checkpoint.folder import file_problem, parse_step, trust_problem
 from gptdist.checkpoint.fragment import DTYPES, numpy_dtype
-from gptdist.checkpoint.listing import check_step_name, check_trust
+from gptdist.checkpoint.listing import check_step_name, check_trust, find_step_folders
 from gptdist.checkpoint.logical import Box, Shape, render_box
 from gptdist.checkpoint.manifest import MANIFEST, FragmentEntry, Manifest, TensorEntry, load_manifest
 from gptdist.checkpoint.tensor_file import TensorFile
@@ -180,7 +180,7 @@ class FoundCheckpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is meant as one checkpoint, not as a folder of them."""
-    return (path / MANIFEST).is_file() or parse_step(path.name) is not None
+    return os.path.isfile(path / MANIFEST) or parse_step(path.name) is not None
 
 
 def open_newest(
@@ -214,8 +214,8 @@ def find_latest(
     comms = comms or Comms(World())
     candidates: list[str] = []
     with comms.together():
-        if comms.is_first and checkpoints_dir.is_dir():
-            candidates = [path.name for path in step_folders(checkpoints_dir)]
+        if comms.is_first:
+            candidates = [path.name for path in find_step_folders(checkpoints_dir) or []]
     skipped: list[str] = []
     for name in comms.broadcast(candidates):
         try:

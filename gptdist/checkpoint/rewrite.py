@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gptdist.checkpoint.digest import add_digests, render_digest
-from gptdist.checkpoint.folder import commit, free_bytes, parse_step, storage_error
+from gptdist.checkpoint.folder import FILE_MODE, FOLDER_MODE, commit, free_bytes, parse_step, storage_error
 from gptdist.checkpoint.fragment import FragmentPlace
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Manifest, TensorEntry
@@ -73,7 +73,7 @@ def write_checkpoint(destination: Path, planned: Manifest, ranks: int, read: Rea
         manifest.check_cover()
         content = manifest.render()
         try:
-            write_durably(folder / MANIFEST, content)
+            write_durably(folder / MANIFEST, content, FILE_MODE)
             commit(folder, destination)
         except OSError as error:
             raise storage_error(error, destination, len(content)) from error
@@ -122,7 +122,7 @@ def _unfinished_folder(destination: Path) -> Iterator[Path]:
     folder = destination.with_name(_UNFINISHED + destination.name)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
+        folder.mkdir(FOLDER_MODE)
     except FileExistsError:
         raise StorageError(
             f"{folder} is there already: another command is writing {destination} just now, or one was killed while "

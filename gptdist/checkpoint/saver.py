@@ -20,6 +20,7 @@ from gptdist.checkpoint.snapshot import Fragment, HostBuffers, to_host
 from gptdist.checkpoint.tensor_file import OnPhase, no_phase
 from gptdist.checkpoint.write import SaveOptions, save_checkpoint
 from gptdist.comms import Comms
+from gptdist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,20 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
 
     def prepare(self, fragments: Sequence[Fragment]) -> None:
-        """Take the memory for copies of `fragments` now, so that too little of it is noticed before training."""
+        """Take the memory for copies of `fragments` now, so that too little of it is noticed before training.
+
+        Raises ConfigError where there is not enough.
+        """
         if self.background and self._buffers is None:
-            self._buffers = HostBuffers(fragments)
+            try:
+                self._buffers = HostBuffers(fragments)
+            except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
+                needed = sum(part.data.numel() * part.data.element_size() for part in fragments)
+                raise ConfigError(
+                    f"checkpoint.background keeps a copy of this rank's state in host memory, {needed:,} bytes, which "
+                    f"cannot be had: {str(error).splitlines()[0] if str(error) else 'no memory'}. Use more nodes or "
+                    "fewer ranks a node, or set checkpoint.background: false, which holds training up for each save."
+                ) from error
 
     def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> float:
         """Begin to save what the fragments and `state` are now; how long it held the caller up, in seconds.

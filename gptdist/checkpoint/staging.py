@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gptdist.checkpoint.folder import free_bytes
+from gptdist.checkpoint.folder import FILE_MODE, free_bytes
 from gptdist.errors import StorageError
 from gptdist.world import World
 
@@ -22,8 +22,7 @@ def staged_file(staging_dir: Path, checkpoints_dir: Path, name: str) -> Iterator
 
     The name is the same for every save of this rank into `checkpoints_dir`, so what a crash left is found and removed.
     """
-    run = hashlib.sha256(os.fsencode(checkpoints_dir.resolve())).hexdigest()[:12]
-    path = staging_dir / f"gptdist-{run}-{name}"
+    path = staging_dir / f"{_prefix(checkpoints_dir)}{name}"
     with suppress(OSError):  # if it stays, writing will say why
         staging_dir.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -32,6 +31,15 @@ def staged_file(staging_dir: Path, checkpoints_dir: Path, name: str) -> Iterator
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def remove_staged(staging_dir: Path, checkpoints_dir: Path, world: World) -> None:
+    """Delete what a crash left on this node, perhaps by ranks that are elsewhere now. Only while no rank stages."""
+    if world.local_rank == 0 and staging_dir.is_dir():
+        for path in staging_dir.iterdir():
+            if path.name.startswith(_prefix(checkpoints_dir)):
+                with suppress(OSError):  # if it stays, writing will say why
+                    path.unlink()
 
 
 def check_staging_room(staging_dir: Path, sizes: Sequence[int], world: World) -> None:
@@ -45,10 +53,15 @@ def check_staging_room(staging_dir: Path, sizes: Sequence[int], world: World) ->
         )
 
 
+def _prefix(checkpoints_dir: Path) -> str:
+    run = hashlib.sha256(os.fsencode(checkpoints_dir.resolve())).hexdigest()[:12]
+    return f"gptdist-{run}-"
+
+
 def copy_durably(source: Path, target: Path) -> str:
     """Copy into a new file, synced; the sha256 of what was read from `source`. Raises OSError."""
     digest = hashlib.sha256()
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     try:
         with source.open("rb", buffering=0) as file:
             chunk = bytearray(_CHUNK_BYTES)

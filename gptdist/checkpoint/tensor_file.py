@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gptdist.checkpoint.digest import add_digests, partial_digest
+from gptdist.checkpoint.folder import FILE_MODE
 from gptdist.checkpoint.fragment import DTYPES, FragmentPlace, HostFragment, numpy_dtype
 from gptdist.checkpoint.logical import Box, cut_in_order, flat_start
 
@@ -69,7 +70,7 @@ def write_tensor_stream(
     content = _Digester()
     size = 0
     on_phase("file")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     try:
         with content:
             for chunk, parts in _chunks(header, ordered, read):

@@ -18,6 +18,8 @@ from typing import Any
 
 from gptdist.checkpoint.digest import add_digests, render_digest
 from gptdist.checkpoint.folder import (
+    FILE_MODE,
+    FOLDER_MODE,
     LATEST,
     commit,
     free_step_path,
@@ -26,13 +28,20 @@ from gptdist.checkpoint.folder import (
     set_aside,
     storage_error,
     temporary_path,
+    trust_problem,
 )
 from gptdist.checkpoint.fragment import HostFragment, check_fragments
 from gptdist.checkpoint.manifest import MANIFEST, FileEntry, FragmentEntry, Manifest, TensorEntry
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.checkpoint.retention import Retention, prune
 from gptdist.checkpoint.room import look_for_room
-from gptdist.checkpoint.staging import check_staging_room, copy_durably, forget_cached_pages, staged_file
+from gptdist.checkpoint.staging import (
+    check_staging_room,
+    copy_durably,
+    forget_cached_pages,
+    remove_staged,
+    staged_file,
+)
 from gptdist.checkpoint.tensor_file import OnPhase, file_size, no_phase, read_fragment_places, write_tensor_file
 from gptdist.checkpoint.verified import mark_verified
 from gptdist.comms import Comms
@@ -48,12 +57,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """What a save does beyond writing. `protected`: checkpoints that retention must leave, asked on rank 0."""
+    """What a save does beyond writing. `protected`: checkpoints that retention must leave, asked on rank 0.
+    `trust_others`: whoever loads them will not ask who owns them."""
 
     retention: Retention = field(default_factory=Retention)
     read_back: bool = False
     staging_dir: Path | None = None
     protected: Callable[[], Collection[Path]] = tuple
+    trust_others: bool = False
 
 
 def save_checkpoint(
@@ -89,7 +100,7 @@ def save_checkpoint(
         on_phase("folder")
         with comms.together():
             if comms.is_first:
-                _make_folder(temporary)
+                _make_folder(temporary, options.trust_others)
         entries = _write_all(temporary, mine, comms, options.staging_dir, on_phase, on_written)
         on_phase("manifest")
         final = ""
@@ -149,16 +160,21 @@ def _check_room(
                 if room.warning:
                     _log.warning("%s", room.warning)
             if options.staging_dir is not None:
+                remove_staged(options.staging_dir, checkpoints_dir, comms.world)
                 check_staging_room(options.staging_dir, sizes, comms.world)
         except OSError as error:
             raise storage_error(error, checkpoints_dir, 0) from error
 
 
-def _make_folder(temporary: Path) -> None:
+def _make_folder(temporary: Path, trust_others: bool) -> None:
     try:
-        temporary.mkdir()
+        temporary.mkdir(FOLDER_MODE)
     except OSError as error:
         raise storage_error(error, temporary, 0) from error
+    # This process made it, so it is the file system that gives it to somebody else: as NFS does with root's files.
+    problem = None if trust_others else trust_problem(temporary)
+    if problem:
+        _log.warning("what is saved here will be refused when it is to be resumed: %s", problem)
 
 
 def _write_all(
@@ -262,7 +278,7 @@ def _commit(
     content = manifest.render()
     path = temporary / MANIFEST
     try:
-        write_durably(path, content)
+        write_durably(path, content, FILE_MODE)
         on_phase("rename")
         final = free_step_path(checkpoints_dir, step)
         commit(temporary, final)

@@ -19,7 +19,7 @@ from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import blend_phases
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError, CorpusError
-from gptdist.remote import without_secrets
+from gptdist.remote import is_url, without_secrets
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
 
@@ -53,9 +53,18 @@ def run_state(
         "engine": engine,
         "random": {"seed": config.train.seed, "step": progress.step},
         "data": data_identity(config, manifests),
-        "config": resolved_dict(config),
+        "config": _shareable(resolved_dict(config)),
         "versions": {name: _version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def _shareable(value: Any) -> Any:
+    """Settings without what may be secret in a URL: checkpoints are copied to where the config is not."""
+    if isinstance(value, dict):
+        return {_shareable(key): _shareable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shareable(item) for item in value]
+    return without_secrets(value) if is_url(value) else value
 
 
 def restored_progress(state: dict[str, Any]) -> Progress:

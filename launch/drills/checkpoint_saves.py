@@ -20,7 +20,19 @@ from launch.drills.saving_ranks import SavePlan, content_problem, read_records, 
 from launch.drills.small_disk import SmallDisk, small_disk_problem
 from launch.local import run_local
 
-PHASES = ("prepare", "folder", "file", "sync", "gather", "manifest", "rename", "latest", "read-back", "prune")
+PHASES = (
+    "prepare",
+    "folder",
+    "file",
+    "sync",
+    "copy-out",
+    "gather",
+    "manifest",
+    "rename",
+    "latest",
+    "read-back",
+    "prune",
+)
 PRELOAD = ("gptdist.checkpoint.saver", "launch.rendezvous")
 SMALL_DISK_BYTES = 8 << 20
 SLOW_SECONDS = 2.5
@@ -124,14 +136,25 @@ def _finding(fault: str, run: Callable[[], str], times: int = 1) -> Finding:
 
 
 def _kill_once(folder: Path, ranks: int, rank: int, phase: str) -> str:
-    plan = SavePlan(folder / "checkpoints", _report(folder, 0), (1, 2), rank=rank, phase=phase, kill=True)
+    staging_dir = folder / "staging" if phase == "copy-out" else None
+    plan = SavePlan(
+        folder / "checkpoints",
+        _report(folder, 0),
+        (1, 2),
+        rank=rank,
+        phase=phase,
+        kill=True,
+        staging_dir=staging_dir,
+    )
     verdict = run_local(ranks, save_steps, plan, preload=PRELOAD, timeout_seconds=_WORLD_SECONDS)
     if verdict.exit_code == 0:
         raise _Unexpected("nobody noticed that a rank was killed")
     if verdict.global_rank != rank:
         raise _Unexpected(f"rank {verdict.global_rank} was blamed: {verdict.message}")
     newest = _check(plan.checkpoints_dir, at_least=1)
-    _go_on(folder, ranks, newest)
+    _go_on(folder, ranks, newest, staging_dir)
+    if staging_dir is not None and any(staging_dir.iterdir()):
+        raise _Unexpected(f"left behind in {staging_dir.name}: {sorted(path.name for path in staging_dir.iterdir())}")
     return f"{verdict.message.rstrip('.')}; step {newest} loads"
 
 
@@ -170,8 +193,8 @@ def _read_only(disk: SmallDisk, ranks: int) -> str:
     return said
 
 
-def _save(folder: Path, ranks: int, step: int) -> SavePlan:
-    plan = SavePlan(folder / "checkpoints", _report(folder.parent, step), (step,))
+def _save(folder: Path, ranks: int, step: int, staging_dir: Path | None = None) -> SavePlan:
+    plan = SavePlan(folder / "checkpoints", _report(folder.parent, step), (step,), staging_dir=staging_dir)
     _expect_code(run_local(ranks, save_steps, plan, preload=PRELOAD, timeout_seconds=_WORLD_SECONDS).exit_code, 0)
     return plan
 
@@ -196,9 +219,9 @@ def _error_of(plan: SavePlan, ranks: int, step: int) -> str:
     return error.removeprefix("StorageError: ")
 
 
-def _go_on(folder: Path, ranks: int, newest: int) -> None:
+def _go_on(folder: Path, ranks: int, newest: int, staging_dir: Path | None = None) -> None:
     """A new world of ranks saves the next step in the same folder, and leaves no rubbish of the one before."""
-    plan = _save(folder, ranks, newest + 1)
+    plan = _save(folder, ranks, newest + 1, staging_dir)
     error = read_records(plan.report_dir, 0)[-1]["error"]
     if error is not None:
         raise _Unexpected(f"the next save failed: {error}")

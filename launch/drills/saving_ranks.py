@@ -48,6 +48,7 @@ class SavePlan:
     sleep_seconds: float = 0.0
     fill: Path | None = None
     kill_after_seconds: float | None = None
+    staging_dir: Path | None = None
 
 
 def save_steps(world: World, plan: SavePlan) -> int:
@@ -68,7 +69,7 @@ def save_steps(world: World, plan: SavePlan) -> int:
         if now == plan.steps[-1] and world.global_rank == plan.rank and phase == plan.phase:
             _strike(plan)
 
-    options = SaveOptions(retention=Retention(keep=2), read_back=True)
+    options = SaveOptions(retention=Retention(keep=2), read_back=True, staging_dir=plan.staging_dir)
     with CheckpointSaver(plan.checkpoints_dir, comms, options, on_phase=on_phase) as saver:
         for now in plan.steps:
             saver.save(now, list(fragments(now, world)), {"samples": now, "loss": 1.0 / now})

@@ -24,7 +24,7 @@ def test_checkpoints_survive_every_fault(commands: Commands, tmp_path: Path) -> 
     found = json.loads(out.read_text())
     assert found["passed"]
     tried = {finding["fault"]: finding["times"] for finding in found["findings"]}
-    assert len(tried) == 30
+    assert len(tried) == 32
     assert tried["one flipped bit"] == flips and tried["a truncated file"] == truncations
     assert all(finding["noticed"] or "skipped" in finding["verdict"] for finding in found["findings"])
     assert list(work.iterdir()) == []

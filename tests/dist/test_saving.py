@@ -152,6 +152,22 @@ def test_a_rank_killed_during_a_background_save_tears_nothing_and_hangs_nobody(
     assert not list((run_dir / "checkpoints").glob(".tmp-*"))
 
 
+def test_the_second_ctrl_c_does_not_wait_for_a_save(commands: Commands, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    blocked = run_dir / "checkpoints" / ".tmp-latest"  # a save that never ends: nobody reads from the pipe it opens
+    blocked.parent.mkdir(parents=True)
+    os.mkfifo(blocked)
+    run = commands.start_train(run_dir, 1, checkpoint__interval=2, train__steps=MANY)
+    assert run.wait_until(lambda: len(checkpoint_names(run_dir)) > 0), run.wait().err
+    run.send(signal.SIGINT)
+    assert run.wait_until(lambda: "Ctrl-C again" in run._text(run._err))
+    time.sleep(1)
+    assert run.is_running()
+    run.send(signal.SIGINT)
+    assert "interrupted" in run.wait(20).expect(130).err
+    assert open_last(run_dir).step == 2
+
+
 def test_failed_saves_are_said_and_survived_as_often_as_allowed(commands: Commands, small_disk: Path) -> None:
     run_dir = small_disk / "run"
     settings = {"checkpoint__interval": 2, "checkpoint__max_failed_saves": 1, "train__steps": 20}

@@ -2,16 +2,19 @@
 
 import os
 import pwd
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
+from gptdist.checkpoint.copying import copy_checkpoint
 from gptdist.checkpoint.fragment import HostFragment
-from gptdist.checkpoint.listing import list_checkpoints
+from gptdist.checkpoint.listing import list_checkpoints, summarize
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import TensorEntry
-from gptdist.checkpoint.read import Checkpoint, find_latest, open_newest
+from gptdist.checkpoint.read import Checkpoint, find_latest, is_checkpoint, open_newest
 from gptdist.checkpoint.rewrite import reshard
+from gptdist.checkpoint.verify import verify_checkpoint
 from gptdist.checkpoint.write import save_checkpoint
 from gptdist.comms import Comms
 from gptdist.config.sections import ModelConfig
@@ -20,6 +23,7 @@ from gptdist.model.parameters import logical_shapes
 from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch import cli
+from launch.ckpt import verify as verify_all
 from tests.unit.checkpoints import FILE, flip_a_bit, rewrite_manifest, save
 
 SECOND = "rank-00001.safetensors"
@@ -92,6 +96,50 @@ def test_a_group_may_write(tmp_path):
     for part in ("", "manifest.json", FILE):
         os.chmod(path / part, 0o775 if not part else 0o664)
     Checkpoint.open(path, verify=True).close()
+
+
+def test_what_is_saved_without_a_umask_can_be_resumed(tmp_path):
+    before = os.umask(0)
+    try:
+        path = save(tmp_path / "own", 1)
+        reshard(Checkpoint.open(path, verify=True), tmp_path / "resharded", 2)
+        copy_checkpoint(path, tmp_path / "copy")
+    finally:
+        os.umask(before)
+    for made in (path, tmp_path / "resharded", tmp_path / "copy"):
+        Checkpoint.open(made, verify=True).close()
+
+
+def look(path):
+    """As `ckpt list` does."""
+    if not is_checkpoint(path):
+        return list_checkpoints(path)
+    summary = summarize(path, verify=False)
+    assert summary.reason is not None
+    raise CheckpointError(summary.reason)
+
+
+def verify(path):
+    """As `ckpt verify` does."""
+    if not is_checkpoint(path):
+        return verify_all(Namespace(path=path, trust_others=False))
+    raise CheckpointError(verify_checkpoint(path).problem)
+
+
+@needs_root
+@pytest.mark.parametrize("command", [look, verify, open_newest, find_latest])
+@pytest.mark.parametrize("inside", ["", "step-00000001"])
+def test_a_folder_that_this_user_may_not_read_is_named(tmp_path, command, inside):
+    closed = save(tmp_path / "closed", 1).parent
+    closed.chmod(0o700)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match=f"cannot read .*{closed}.*Permission denied"):
+            command(closed / inside)
+    finally:
+        os.seteuid(0)
 
 
 # -- where it leads --------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Checkpoints behind URLs: complete or not there, verified on every way, and never in the way of training."""
 
+import json
 import threading
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +20,14 @@ from gptdist.checkpoint.uploads import Uploader
 from gptdist.checkpoint.verified import verified_at
 from gptdist.checkpoint.write import save_checkpoint
 from gptdist.comms import Comms
-from gptdist.errors import CheckpointError, ConfigError, StorageError
-from gptdist.remote import RemoteFailed, RemoteFolder
+from gptdist.config.sections import RunConfig
+from gptdist.errors import CheckpointError, ConfigError, NoGoodCheckpoint, RemoteFailed, StorageError
+from gptdist.remote import RemoteFolder
+from gptdist.train.progress import Progress, run_state
 from gptdist.world import World
+from launch import saving
 from launch.ckpt_copy import main as ckpt_copy
+from launch.saving import find_checkpoint
 from tests.unit.thread_ranks import on_ranks
 
 pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -86,6 +92,104 @@ def test_what_is_incomplete_or_damaged_is_passed_over(tmp_path):
     assert len(skipped) == 2 and "step-00000003" in skipped[0] and "sha256" in skipped[0]
     assert sorted(item.name for item in (tmp_path / "back").iterdir()) == ["step-00000001"]
     assert fetch_newest(remote_of(tmp_path / "nowhere"), tmp_path / "back", ONE_RANK) == (None, [])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_ranks_pass_over_alike_what_one_of_them_cannot_fetch(tmp_path, monkeypatch, failing):
+    monkeypatch.setattr("gptdist.remote.LONGEST_WAIT_SECONDS", 0.01)  # between attempts
+    remote = remote_of(tmp_path / "there")
+    for step in (1, 2):
+        upload_checkpoint(save(tmp_path / "here", step, ranks=2), remote, f"step-{step:08d}")
+    flipped = tmp_path / "there" / "step-00000002" / f"rank-0000{failing}.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"x")
+    found = on_ranks(2, lambda comms: fetch_newest(remote, tmp_path / "back", comms))
+    for path, skipped in found:
+        assert path == tmp_path / "back" / "step-00000001"
+        assert len(skipped) == 1 and "sha256" in skipped[0]
+    real = RemoteFolder.read
+
+    def read(self, file):
+        if "00000002" in file:
+            raise RemoteFailed("the bucket is on fire")
+        return real(self, file)
+
+    monkeypatch.setattr(RemoteFolder, "read", read)
+    found = on_ranks(2, lambda comms: fetch_newest(remote, tmp_path / "again", comms))
+    assert [path.name for path, _ in found] == ["step-00000001"] * 2
+    assert all("the bucket is on fire" in skipped[0] for _, skipped in found)
+
+
+def test_what_a_killed_fetch_left_makes_room_for_the_next(tmp_path):
+    remote = remote_of(tmp_path / "there")
+    upload_checkpoint(save(tmp_path / "here", 1), remote, "step-00000001")
+    rubbish = tmp_path / "back" / ".tmp-step-00000001-0123abcd"
+    rubbish.mkdir(parents=True)
+    (rubbish / "rank-00000.safetensors").write_bytes(b"half")
+    assert fetch_newest(remote, tmp_path / "back", ONE_RANK) == (tmp_path / "back" / "step-00000001", [])
+    assert not rubbish.exists()
+
+
+def run_with_url(tmp_path):
+    return RunConfig.model_validate(
+        {
+            "data": {"corpus": "s3://key:secret@bucket/corpus"},
+            "launch": {"run_dir": str(tmp_path / "run")},
+            "checkpoint": {"upload": f"file://{tmp_path}/there"},
+        }
+    )
+
+
+def test_a_slow_download_at_the_start_is_waited_for_as_an_upload_is(tmp_path, monkeypatch):
+    upload_checkpoint(save(tmp_path / "here", 5), remote_of(tmp_path / "there"), "step-00000005")
+    opened = []
+
+    def open_channel(world, seconds):
+        opened.append((Comms(world), seconds))
+        return opened[-1][0]
+
+    used, real = [], saving.fetch_newest
+    monkeypatch.setattr(saving, "open_channel", open_channel)
+    monkeypatch.setattr(
+        saving, "fetch_newest", lambda remote, folder, comms: used.append(comms) or real(remote, folder, comms)
+    )
+    found = find_checkpoint(run_with_url(tmp_path), ONE_RANK)
+    assert found is not None and found.checkpoint.step == 5
+    assert opened == [(used[0], saving.LONGEST_UPLOAD_SECONDS)] and used[0] is not ONE_RANK
+
+
+def test_none_good_here_and_behind_the_url_is_told_in_lines(tmp_path):
+    path = save(tmp_path / "run" / "checkpoints", 4)
+    (path / MANIFEST).write_text("{}")
+    with pytest.raises(NoGoodCheckpoint) as failed:
+        find_checkpoint(run_with_url(tmp_path), ONE_RANK)
+    lines = str(failed.value).splitlines()
+    assert lines[-1] == f"file://{tmp_path}/there has no checkpoint"
+    assert lines[1].startswith("  step-00000004: ")
+    remote = remote_of(tmp_path / "there")
+    upload_checkpoint(save(tmp_path / "here", 5), remote, "step-00000005")
+    (tmp_path / "there" / "step-00000005" / MANIFEST).write_text("{}")
+    with pytest.raises(NoGoodCheckpoint) as failed:
+        find_checkpoint(run_with_url(tmp_path), ONE_RANK)
+    lines = str(failed.value).splitlines()
+    assert lines[-2] == f"file://{tmp_path}/there has none that is good:"
+    assert lines[-1].startswith(f"  file://{tmp_path}/there/step-00000005: ")
+
+
+def test_a_checkpoint_keeps_no_secret_of_a_url():
+    config = RunConfig.model_validate(
+        {
+            "data": {"corpus": "https://host/corpus?token=secret"},
+            "checkpoint": {"upload": "s3://key:secret@bucket/runs"},
+        }
+    )
+    manifest = SimpleNamespace(
+        tokenizer=SimpleNamespace(sha256="ab", end_of_text=0),
+        split=lambda name: SimpleNamespace(index=SimpleNamespace(sha256="cd")),
+    )
+    state = run_state(Progress(step=3), config, "DP 1", {config.data.corpus: manifest}, {})
+    assert "secret" not in json.dumps(state)
+    assert state["config"]["checkpoint"]["upload"] == "s3://***@bucket/runs"
+    assert RunConfig.model_validate(state["config"]).model == config.model
 
 
 def test_a_name_that_is_used_again_is_not_complete_meanwhile(tmp_path, monkeypatch):

@@ -15,11 +15,15 @@ from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from gptdist.checkpoint.retention import Retention, prune
 from gptdist.checkpoint.room import look_for_room
+from gptdist.checkpoint.staging import staged_file
 from gptdist.checkpoint.verified import VERIFIED, mark_verified, verified_at
 from gptdist.checkpoint.write import SaveOptions, save_checkpoint
 from gptdist.comms import Comms
+from gptdist.config.sections import RunConfig
 from gptdist.errors import StorageError
+from gptdist.model.parameters import parameter_count
 from gptdist.world import World
+from launch.saving import check_room
 
 ONE_RANK = Comms(World())
 
@@ -104,6 +108,16 @@ def test_what_stays_is_what_the_rules_say(tmp_path_factory, history, keep, every
             bad.add(step)
 
 
+def test_a_link_is_pruned_and_what_it_leads_to_stays(tmp_path):
+    elsewhere = make(tmp_path / "elsewhere", 1)
+    folder = tmp_path / "c"
+    newer = make(folder, 2)
+    (folder / elsewhere.name).symlink_to(elsewhere)
+    prune(folder, newer, Retention(keep=1))
+    assert [path.name for path in folder.iterdir()] == [newer.name]
+    assert (elsewhere / MANIFEST).exists()
+
+
 # -- room --------------------------------------------------------------------------------------------------------------
 
 
@@ -168,3 +182,39 @@ def test_little_room_is_said_and_staging_has_to_fit_too(tmp_path, monkeypatch, c
     frees |= {"staging": 10**9, "checkpoints": 1500}
     save_checkpoint(tmp_path / "c", 5, parts, {}, ONE_RANK, options)
     assert "has room for 2 more checkpoints (1,500 bytes are free" in caplog.text
+
+
+def test_what_a_killed_save_left_does_not_count_as_taken(tmp_path, monkeypatch):
+    """A disk just large enough must not keep the run from starting again: its first save deletes what was left."""
+    config = RunConfig.model_validate(
+        {"data": {"corpus": "x"}, "launch": {"run_dir": str(tmp_path)}, "checkpoint": {"keep": 1}}
+    )
+    needed = 12 * parameter_count(config.model)
+    left = tmp_path / "checkpoints" / ".tmp-step-00000007-0123abcd"
+    make(tmp_path / "checkpoints", 6)
+    left.mkdir()
+    with (left / "rank-00000.safetensors").open("wb") as file:
+        file.truncate(needed)  # sparse
+    monkeypatch.setattr(room_module, "free_bytes", lambda path: 10)
+    assert check_room(config) is None
+    (left / "rank-00000.safetensors").unlink()
+    with pytest.raises(StorageError, match="the disk is full"):
+        check_room(config)
+
+
+def test_what_a_crash_left_staged_makes_room_before_it_is_asked_for(tmp_path, monkeypatch):
+    parts = [HostFragment("w", (100,), Box.whole((100,)), "float32", np.zeros(100, np.float32))]
+    staging, folder = tmp_path / "staging", tmp_path / "c"
+    staging.mkdir()
+    with staged_file(staging, folder, "rank-00003.safetensors") as name:  # by a rank that is elsewhere now
+        pass
+    name.write_bytes(b"left")
+    other = staging / "gptdist-0123456789ab-rank-00000.safetensors"
+    other.write_bytes(b"another run's")
+
+    def usage(path):
+        return SimpleNamespace(free=10 if name.exists() and "staging" in str(path) else 10**9)
+
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", usage)
+    save_checkpoint(folder, 5, parts, {}, ONE_RANK, SaveOptions(Retention(3), staging_dir=staging))
+    assert list(staging.iterdir()) == [other]

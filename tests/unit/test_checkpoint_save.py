@@ -21,7 +21,7 @@ from gptdist.checkpoint.logical import Box, Piece, fragments_of_range
 from gptdist.checkpoint.read import Checkpoint, find_latest
 from gptdist.checkpoint.retention import Retention
 from gptdist.checkpoint.snapshot import Fragment, as_tensor, dtype_name, host_array, to_host
-from gptdist.checkpoint.write import set_aside_checkpoints
+from gptdist.checkpoint.write import SaveOptions, set_aside_checkpoints
 from gptdist.comms import Comms
 from gptdist.errors import CheckpointError, GptdistError, StorageError
 from gptdist.world import World
@@ -263,6 +263,14 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path):
 
 def save_step(folder, step, keep=None):
     return save_checkpoint(folder, step, [whole("w", torch.tensor([step]))], {"samples": step}, ONE_RANK, keep)
+
+
+def test_a_disk_that_gives_files_to_another_user_is_said_at_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(write, "trust_problem", lambda path: f"{path} belongs to user nobody")
+    write.save_checkpoint(tmp_path, 1, [], {}, ONE_RANK, SaveOptions(trust_others=True))
+    assert not caplog.text
+    write.save_checkpoint(tmp_path, 2, [], {}, ONE_RANK)
+    assert "will be refused when it is to be resumed" in caplog.text and "belongs to user nobody" in caplog.text
 
 
 def test_a_step_saved_again_never_reuses_the_folder(tmp_path):

@@ -18,7 +18,7 @@ from gptdist.checkpoint.snapshot import Fragment, HostBuffers
 from gptdist.checkpoint.verified import verified_at
 from gptdist.checkpoint.write import SaveOptions
 from gptdist.comms import Comms
-from gptdist.errors import StorageError
+from gptdist.errors import ConfigError, StorageError
 from gptdist.world import World
 from tests.unit.thread_ranks import on_ranks
 
@@ -263,6 +263,16 @@ def test_a_lost_rank_is_an_error_and_no_hang(tmp_path, monkeypatch):
 
     assert on_ranks(2, train)[0] is False
     assert not list(tmp_path.glob("*"))
+
+
+def test_too_little_memory_for_the_copy_is_the_users_to_mend(tmp_path, monkeypatch):
+    def none_left(*args, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nstack")
+
+    state = torch.zeros(1000)
+    monkeypatch.setattr(torch, "empty", none_left)
+    with pytest.raises(ConfigError, match=r"4,000 bytes.*can't allocate memory\..*checkpoint\.background: false"):
+        CheckpointSaver(tmp_path, ONE_RANK).prepare([part("w", state)])
 
 
 def test_closing_finishes_what_was_begun_but_not_for_ever(tmp_path, monkeypatch):
