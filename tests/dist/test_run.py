@@ -172,7 +172,7 @@ def test_an_average_is_evaluated_and_generates_but_is_not_resumed(
     commands.run("generate", mean, "--tokens", "4").expect(0)
     before = tree(tmp_path / "run")
     again = commands.run("train", finished / "config.yaml", f"launch.run_dir={tmp_path / 'run'}", "train.steps=12")
-    again.one_error("cannot be resumed: it is the mean of the weights of 3 checkpoints", "checkpoint.start_from")
+    again.one_error("cannot be resumed: it is the mean of 3 checkpoints' weights", "checkpoint.start_from")
     assert tree(tmp_path / "run") == before
 
 
