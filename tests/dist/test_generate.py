@@ -236,3 +236,14 @@ def test_what_cannot_be_generated_is_one_error(commands: Commands, hf_folder: Pa
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "bert"}))
     commands.run("generate", broken).one_error("bert")
+
+
+def test_standard_output_is_for_text(commands: Commands, tmp_path: Path) -> None:
+    """A checkpoint that was passed over is told of elsewhere."""
+    run = tmp_path / "run"
+    commands.train(run, 1).expect(0)
+    newest = max((run / "checkpoints").glob("step-*"))
+    (newest / "manifest.json").write_text("{}")
+    said = commands.run("generate", run, "--prompt", "def", "--tokens", 1).expect(0)
+    assert said.out.startswith("def") and "warning" not in said.out
+    assert f"passed over a checkpoint: {newest.name}" in said.err
