@@ -57,7 +57,7 @@ def add_serve(parser: Parser, commands: Any) -> None:
 
 def add_eval(parser: Parser, commands: Any) -> None:
     evaluate = add_command(parser, commands, "eval", "loss, perplexity and bits per byte on held-out text")
-    evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN_DIR")
+    _add_model(evaluate)
     evaluate.add_argument(
         "--corpus", type=corpus, metavar="CORPUS", help="folder or URL (default: the one it was trained on)"
     )

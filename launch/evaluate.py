@@ -13,7 +13,7 @@ from launch.trained import Trained, open_trained
 
 def main(args: argparse.Namespace) -> int:
     """Print a line of figures for each corpus."""
-    with open_trained(args.path) as trained, ExitStack() as closing:
+    with open_trained(args.path, trust_others=args.trust_others) as trained, ExitStack() as closing:
         length = trained.config.model.sequence_length
         for reader in open_validation(trained, args.corpus, closing):
             windows = reader.num_windows(length)
@@ -42,7 +42,7 @@ def open_validation(trained: Trained, corpus: Path | str | None, closing: ExitSt
             raise CorpusError(
                 f"{reader.corpus} was built with another tokenizer (sha256 {reader.manifest.tokenizer.sha256[:12]}...) "
                 f"than the one {trained.path} was trained with ({trained.tokenizer.sha256[:12]}...). Build it with "
-                f"--tokenizer {trained.path.parent.parent / 'tokenizer.json'}."
+                "--tokenizer and the tokenizer.json of the model's folder."
             )
     length = trained.config.model.sequence_length
     usable = [reader for reader in readers if reader.num_tokens > length]

@@ -7,11 +7,10 @@ left. Loads no torch: the proof runs in processes of its own.
 import argparse
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gptdist.checkpoint.read import Checkpoint
+from gptdist.checkpoint.read import Checkpoint, checkpoint_paths
 from gptdist.config.sections import RunConfig
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
@@ -22,10 +21,11 @@ from gptdist.exchange.hf_tokenizer import tokenizer_files
 from gptdist.exchange.numbers import TORCH_NAMES
 from gptdist.exchange.read_hf import CONFIG
 from gptdist.exchange.write_hf import WrittenWeights, bytes_of, write_weights
+from launch.card import begin_card
 from launch.export_gguf import check_gguf_target, export_gguf
 from launch.new_folder import check_free, check_room, new_folder
 from launch.proof import check_can_prove, choose_probes, prove
-from launch.stored import checkpoint_paths, stored_config, stored_tokenizer, versions_of
+from launch.stored import stored_config, stored_tokenizer
 
 _ROOM_FOR_THE_REST = 64 << 20  # settings, tokenizer, card
 _SHOWN_SECTIONS = ("model", "optimizer", "schedule", "train", "parallel")
@@ -68,7 +68,7 @@ def _check_hf_target(args: argparse.Namespace) -> None:
 
 def _export(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     config = stored_config(checkpoint)
-    tokenizer = stored_tokenizer(args.path, checkpoint, config)
+    tokenizer = stored_tokenizer(checkpoint, config)
     dtype = TORCH_NAMES[args.dtype]
     architecture = hf_config(config.model, dtype, tokenizer.end_of_text)["architectures"][0]
     check_room(args.out, bytes_of(config.model, dtype) + _ROOM_FOR_THE_REST)
@@ -108,23 +108,10 @@ def build_card(
     checkpoint: Checkpoint, config: RunConfig, tokenizer: CorpusTokenizer, dtype: str, weights: WrittenWeights
 ) -> dict[str, Any]:
     """The conformance card but for the proof: what was exported, from what."""
-    state = checkpoint.state
     resolved = config.model_dump(mode="json")
-    return {
-        "format": "gptdist-conformance",
-        "version": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions_of("gptdist", "numpy"),
+    return begin_card(checkpoint, tokenizer, "numpy") | {
         "architecture": exported_dialect(config.model).kind,
         "dtype": dtype,
-        "checkpoint": {
-            "step": checkpoint.step,
-            "created": checkpoint.created,
-            "manifest_sha256": checkpoint.manifest.sha256,
-            **{key: state.get(key) for key in ("samples", "tokens", "loss", "layout", "versions", "imported_from")},
-        },
-        "data": state.get("data"),
-        "tokenizer": {"sha256": tokenizer.sha256, "kind": tokenizer.kind, "end_of_text": tokenizer.end_of_text},
         "config": {section: resolved[section] for section in _SHOWN_SECTIONS},
         "proof": None,
         "tensors": weights.tensors,

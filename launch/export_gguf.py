@@ -12,7 +12,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from gptdist.errors import ExchangeError, StorageError
 from gptdist.exchange.gguf_vocabulary import Vocabulary, gguf_vocabulary
 from gptdist.exchange.write_hf import CheckedSource
 from launch import quantized_loss
-from launch.new_folder import check_room
+from launch.card import begin_card
+from launch.new_folder import check_room, term_cleans_up
 from launch.proof import alone
-from launch.stored import stored_config, stored_tokenizer, versions_of
+from launch.stored import stored_config, stored_tokenizer
 
 # Weights rounded so far that the perplexity is measured before there is a file.
 _MEASURED = ("q8_0",)
@@ -59,11 +59,11 @@ def export_gguf(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     dtype, model = args.dtype, config.model
     architecture = gguf.gguf_architecture(model)
     check_room(args.out, gguf.gguf_bytes(model, dtype) + _ROOM_FOR_THE_REST)
-    tokenizer = stored_tokenizer(args.path, checkpoint, config)
+    tokenizer = stored_tokenizer(checkpoint, config)
     vocabulary = gguf_vocabulary(tokenizer, model.vocab_size)
     about = _about(checkpoint, config)
     print(f"exporting {checkpoint.path} as {architecture}, {dtype}", flush=True)
-    with _new_file(args.out) as temporary:
+    with term_cleans_up(), _new_file(args.out) as temporary:
         checked = CheckedSource(checkpoint)
         gguf.write_gguf(temporary, checked, model, vocabulary, dtype, about)
         checked.compare()
@@ -82,21 +82,10 @@ def build_card(
     checkpoint: Checkpoint, config: RunConfig, tokenizer: CorpusTokenizer, vocabulary: Vocabulary
 ) -> dict[str, Any]:
     """What was exported, from what, and what is proven of it."""
-    state = checkpoint.state
-    return {
-        "format": "gptdist-conformance",
-        "version": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions_of("gptdist", "numpy", "gguf"),
-        "checkpoint": {
-            "step": checkpoint.step,
-            "created": checkpoint.created,
-            "manifest_sha256": checkpoint.manifest.sha256,
-            **{key: state.get(key) for key in ("samples", "tokens", "loss", "layout", "versions", "imported_from")},
-        },
-        "data": state.get("data"),
-        "tokenizer": {"sha256": tokenizer.sha256, "kind": tokenizer.kind, "end_of_text": tokenizer.end_of_text}
-        | {"pre_tokenizer": vocabulary.pre_tokenizer or None, "left_out_because": vocabulary.problem or None},
+    card = begin_card(checkpoint, tokenizer, "numpy", "gguf")
+    split = {"pre_tokenizer": vocabulary.pre_tokenizer or None, "left_out_because": vocabulary.problem or None}
+    return card | {
+        "tokenizer": card["tokenizer"] | split,
         "config": {"model": config.model.model_dump(mode="json")},
         "proof": {"rule": "every number of the file, read back, is bit for bit the checkpoint's in the file's dtype"},
     }

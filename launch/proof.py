@@ -5,12 +5,13 @@ One model is in memory at a time, and this process loads none. Which logits must
 
 import json
 import multiprocessing
+import os
 import tempfile
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from gptdist.config.sections import DataConfig, RunConfig
 from gptdist.data.corpora import corpus_names, open_corpora, open_stores
 from gptdist.data.tokenizer import CorpusTokenizer
-from gptdist.errors import CorpusError, ExchangeError, NotConformant
+from gptdist.errors import CorpusError, ExchangeError, GptdistError, NotConformant
 from gptdist.exchange.conformance import RULE, Probe, compare, probe_lengths, random_probes, together
 from gptdist.remote import is_url
 from launch import proof_models
@@ -124,17 +125,48 @@ def _badness(difference: float) -> float:
 
 
 def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """`function(*args)` in a new process, whose memory goes with it."""
+    """`function(*args)` in a new process, whose memory goes with it; it does not outlive the call.
+
+    Raises what it raises; NotConformant where it died, or met an error that no one foresaw.
+    """
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *args).result()
-        except BrokenProcessPool:
-            raise NotConformant(
-                f"the process that computed with {function.__doc__ or function.__name__} was killed, most likely for "
-                "want of memory: a proof needs one fp32 copy of the model at a time. No folder was left. Export on a "
-                "larger machine, or without proof: --no-proof."
-            ) from None
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sending, function, args))
+    process.start()
+    sending.close()
+    try:
+        answer = receiving.recv()
+    except EOFError:
+        raise NotConformant(
+            f"the process that computed with {function.__doc__ or function.__name__} was killed, most likely for "
+            "want of memory: it needs one fp32 copy of the model. Nothing was left. Export on a larger machine, or, "
+            "for a folder of Hugging Face's, without proof: --no-proof."
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+        receiving.close()
+    if isinstance(answer, GptdistError):
+        raise answer
+    if isinstance(answer, str):
+        raise NotConformant(f"{function.__doc__ or function.__name__} could not compute: {answer}. Nothing was left.")
+    return dict(answer)
+
+
+def _answer(sending: Connection, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    """Send what `function` returns; its error, where it is one of ours; else the error in words."""
+    answer: dict[str, Any] | GptdistError | str
+    try:
+        answer = function(*args)
+    except GptdistError as error:
+        answer = error
+    except Exception as error:  # a library's, which need not survive the way between processes
+        if os.environ.get("GPTDIST_DEBUG"):
+            traceback.print_exc()
+        answer = f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        return  # the terminal's Ctrl-C, which the parent tells of
+    sending.send(answer)
 
 
 def _text_of_corpus(data: DataConfig, length: int) -> np.ndarray | None:

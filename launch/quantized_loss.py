@@ -17,6 +17,7 @@ def measure(checkpoint: Path, file: Path, corpus: Path | str | None, samples: in
     from gptdist.exchange.gguf_file import GgufFile
     from gptdist.exchange.tensors import LogicalView
     from gptdist.train.evaluate import held_out_values
+    from launch.card import corpus_name
     from launch.evaluate import open_validation
     from launch.trained import open_trained
 
@@ -29,7 +30,8 @@ def measure(checkpoint: Path, file: Path, corpus: Path | str | None, samples: in
         def read(self, name: str, box: Box) -> torch.Tensor:
             return torch.from_numpy(self._view.read(name, box))
 
-    with open_trained(checkpoint) as trained, ExitStack() as closing:
+    # It was exported just now: who owns it was asked then.
+    with open_trained(checkpoint, trust_others=True) as trained, ExitStack() as closing:
         reader = open_validation(trained, corpus, closing)[0]
         model, train = trained.config.model, trained.config.train
         windows = min(samples or train.eval_samples, reader.num_windows(model.sequence_length))
@@ -43,7 +45,7 @@ def measure(checkpoint: Path, file: Path, corpus: Path | str | None, samples: in
             "change": after / before - 1,
             "windows": windows,
             "tokens": windows * model.sequence_length,
-            "corpus": str(reader.corpus),
+            "corpus": corpus_name(reader.corpus),
             "index": reader.manifest.split(reader.split).index.sha256,
             "computed": "fp32 activations, weights as the file's numbers say",
         }

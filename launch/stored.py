@@ -1,4 +1,4 @@
-"""A checkpoint by the path a user gives, its config and its tokenizer, without torch: for tools that compute nothing.
+"""The config and the tokenizer of a checkpoint, without torch: for tools that compute nothing.
 
 Knows a run's folder and a checkpoint's run state. Loads no weights.
 """
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gptdist.checkpoint.folder import step_folders
-from gptdist.checkpoint.read import Checkpoint, is_checkpoint
+from gptdist.checkpoint.read import Checkpoint
 from gptdist.config.sections import RunConfig
 from gptdist.data.corpora import corpus_names
 from gptdist.data.tokenizer import CorpusTokenizer
@@ -19,23 +18,6 @@ from gptdist.model.parameters import logical_shapes
 from gptdist.remote import is_url, without_secrets
 
 TOKENIZER_FILE = "tokenizer.json"
-
-
-def checkpoint_paths(path: Path) -> list[Path]:
-    """The checkpoints that `path` may mean, newest first: itself, or those of a run's folder or of a folder of them.
-
-    Raises CheckpointError where there are none, naming what was looked for.
-    """
-    if is_checkpoint(path):
-        return [path]
-    for folder in (path / "checkpoints", path):
-        found = step_folders(folder) if folder.is_dir() else []
-        if found:
-            return found
-    raise CheckpointError(
-        f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
-        "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
-    )
 
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:
@@ -64,14 +46,14 @@ def stored_config(checkpoint: Checkpoint) -> RunConfig:
     return config
 
 
-def stored_tokenizer(path: Path, checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
+def stored_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> CorpusTokenizer:
     """From the run's folder, else from the corpus; it must be the one the model was trained with.
 
-    `path` is what the user gave. Raises CheckpointError.
+    Raises CheckpointError.
     """
     trained_on = checkpoint.state["data"]
     wanted, end_of_text = trained_on["tokenizer"], trained_on["end_of_text"]
-    places = list(_tokenizer_places(path, checkpoint, config))
+    places = list(_tokenizer_places(checkpoint, config))
     for place in places:
         if is_url(place) or Path(place).exists():
             tokenizer = CorpusTokenizer.load(place, end_of_text)
@@ -94,9 +76,10 @@ def versions_of(*packages: str) -> dict[str, str | None]:
     return found
 
 
-def _tokenizer_places(path: Path, checkpoint: Checkpoint, config: RunConfig) -> Iterator[Path | str]:
-    yield path / TOKENIZER_FILE
-    yield checkpoint.path.absolute().parent.parent / TOKENIZER_FILE
+def _tokenizer_places(checkpoint: Checkpoint, config: RunConfig) -> Iterator[Path | str]:
+    path = checkpoint.path.absolute()
+    for folder in (path.parent.parent, path.parent, path):  # a run's, of checkpoints, its own
+        yield folder / TOKENIZER_FILE
     yield Path(config.launch.run_dir) / TOKENIZER_FILE
     if config.data.corpus is not None or config.data.blend is not None:
         yield from corpus_names(config.data)

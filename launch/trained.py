@@ -4,6 +4,7 @@ No optimizer. The weights are read directly under the layout asked for (one rank
 whatever layout wrote them.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import torch
 
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import MANIFEST
-from gptdist.checkpoint.read import Checkpoint, open_newest
+from gptdist.checkpoint.read import open_newest
 from gptdist.comms import Comms
 from gptdist.config.check import rule_tensor_divides
 from gptdist.config.sections import LaunchConfig, ParallelConfig, RunConfig
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine
 from gptdist.engine.partition import StateSource, TensorSource
-from gptdist.errors import LayoutError
+from gptdist.errors import CorpusError, LayoutError
 from gptdist.layout import Layout
 from gptdist.train.compatible import check_same_model
 from gptdist.world import World
@@ -75,10 +76,14 @@ def open_trained(path: Path, world: World | None = None, *, trust_others: bool =
 
 @contextmanager
 def _open_our_own(path: Path, comms: Comms, on_gpu: bool, trust_others: bool) -> Iterator[Trained]:
-    with open_checkpoint(path, comms, trust_others) as checkpoint:
+    found = open_newest(path, comms, trust_others=trust_others)
+    for reason in found.skipped if comms.is_first else ():
+        # Standard output is for text.
+        print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr, flush=True)
+    with found.checkpoint as checkpoint:
         config = stored_config(checkpoint)
         check_same_model(weight_shapes(checkpoint), config.model, str(checkpoint.path))
-        tokenizer = stored_tokenizer(path, checkpoint, config)
+        tokenizer = stored_tokenizer(checkpoint, config)
         end_of_text = tokenizer.end_of_text if config.data.mask_documents else None
         with _engine(config, TensorSource(checkpoint), comms.world, on_gpu, end_of_text) as engine:
             yield Trained(engine, comms, config, tokenizer, checkpoint.step, checkpoint.path)
@@ -90,9 +95,22 @@ def _open_folder_of_hugging_face(path: Path, comms: Comms, on_gpu: bool) -> Iter
 
     with HuggingFaceSource(path) as source:
         config = RunConfig(model=source.model)
-        tokenizer = CorpusTokenizer.load(path)
+        tokenizer = _tokenizer_of_hugging_face(path, config.model.vocab_size)
         with _engine(config, _AsTensors(source), comms.world, on_gpu, None) as engine:
             yield Trained(engine, comms, config, tokenizer, None, path, tuple(tokenizer.opening()))
+
+
+def _tokenizer_of_hugging_face(path: Path, vocab_size: int) -> CorpusTokenizer:
+    """Raises CorpusError for a tokenizer with ids that the model has not."""
+    from gptdist.exchange.hf_tokenizer import TOKENIZER, is_of_bytes
+
+    tokenizer = CorpusTokenizer.of_bytes() if is_of_bytes(path / TOKENIZER) else CorpusTokenizer.load(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise CorpusError(
+            f"{path / TOKENIZER} has ids up to {tokenizer.vocab_size - 1}, and the model beside it knows {vocab_size}. "
+            "It is another model's: put the right one there."
+        )
+    return tokenizer
 
 
 @contextmanager
@@ -122,14 +140,3 @@ class _AsTensors:
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         return torch.from_numpy(self._source.read(name, box))
-
-
-def open_checkpoint(path: Path, comms: Comms | None = None, trust_others: bool = False) -> Checkpoint:
-    """The checkpoint that `path` means, on all ranks of `comms` (default: this process alone).
-
-    Raises CheckpointError, naming what was looked for.
-    """
-    found = open_newest(path, comms, trust_others=trust_others)
-    for reason in found.skipped if comms is None or comms.is_first else ():
-        print(f"warning: passed over a checkpoint: {reason}", flush=True)
-    return found.checkpoint

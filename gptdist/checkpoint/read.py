@@ -6,6 +6,7 @@ asked for by its logical place, whoever wrote it.
 
 import os
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -183,24 +184,36 @@ def is_checkpoint(path: Path) -> bool:
     return os.path.isfile(path / MANIFEST) or parse_step(path.name) is not None
 
 
-def open_newest(
-    path: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
-) -> FoundCheckpoint:
-    """What a user means by `path`: a checkpoint, or the newest good one of a folder of them, or of a run's folder.
+def checkpoint_paths(path: Path) -> list[Path]:
+    """The checkpoints that a user may mean by `path`, newest first: itself, or those of a run's folder or of a folder
+    of them.
 
-    Raises CheckpointError, naming what was looked for, or NoGoodCheckpoint; the same on all ranks.
+    Raises CheckpointError where there are none, naming what was looked for.
     """
-    comms = comms or Comms(World())
-    if comms.broadcast(is_checkpoint(path)):
-        return FoundCheckpoint(Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others), [])
+    if is_checkpoint(path):
+        return [path]
     for folder in (path / "checkpoints", path):
-        found = find_latest(folder, comms, verify=verify, trust_others=trust_others)
-        if found is not None:
+        found = find_step_folders(folder)
+        if found:
             return found
     raise CheckpointError(
         f"there is no checkpoint at {path}: neither {path / 'checkpoints'} nor {path} holds a step-... folder. "
         "Give a run's folder (launch.run_dir), its checkpoints folder, or one step-... folder."
     )
+
+
+def open_newest(
+    path: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
+) -> FoundCheckpoint:
+    """The newest good one of `checkpoint_paths`, the same on all ranks.
+
+    Raises CheckpointError where there is none at all, or `path` is one and is not good; NoGoodCheckpoint.
+    """
+    comms = comms or Comms(World())
+    paths = _agreed(lambda: checkpoint_paths(path), comms)
+    if paths == [path]:
+        return FoundCheckpoint(Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others), [])
+    return _first_good(paths, comms, verify, trust_others)
 
 
 def find_latest(
@@ -212,25 +225,33 @@ def find_latest(
     Raises NoGoodCheckpoint, with the reason for each, where there are some but none is good.
     """
     comms = comms or Comms(World())
-    candidates: list[str] = []
+    paths = _agreed(lambda: find_step_folders(checkpoints_dir) or [], comms)
+    return _first_good(paths, comms, verify, trust_others) if paths else None
+
+
+def _agreed(look: Callable[[], list[Path]], comms: Comms) -> list[Path]:
+    """What the first rank finds: another one's view of a shared disk may be older."""
+    found: list[Path] = []
     with comms.together():
         if comms.is_first:
-            candidates = [path.name for path in find_step_folders(checkpoints_dir) or []]
+            found = look()
+    return [Path(name) for name in comms.broadcast([str(path) for path in found])]
+
+
+def _first_good(paths: list[Path], comms: Comms, verify: bool, trust_others: bool) -> FoundCheckpoint:
+    """Of at least one. Raises NoGoodCheckpoint."""
     skipped: list[str] = []
-    for name in comms.broadcast(candidates):
+    for path in paths:
         try:
-            path = checkpoints_dir / name
             found = Checkpoint.open(path, verify=verify, comms=comms, trust_others=trust_others)
             return FoundCheckpoint(found, skipped)
         except CheckpointError as error:
-            skipped.append(f"{name}: {error}")
-    if skipped:
-        reasons = "".join(f"\n  {reason}" for reason in skipped)
-        raise NoGoodCheckpoint(
-            f"{checkpoints_dir} has {len(skipped)} checkpoint(s), but none of them is good:{reasons}\n"
-            "Restore one of them, or start anew on purpose (--fresh, or another checkpoint.dir)."
-        )
-    return None
+            skipped.append(f"{path.name}: {error}")
+    reasons = "".join(f"\n  {reason}" for reason in skipped)
+    raise NoGoodCheckpoint(
+        f"{paths[0].parent} has {len(skipped)} checkpoint(s), but none of them is good:{reasons}\n"
+        "Restore one of them, or start anew on purpose (--fresh, or another checkpoint.dir)."
+    )
 
 
 class _Index:

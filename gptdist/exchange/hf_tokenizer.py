@@ -5,6 +5,7 @@ Ids must be those the model was trained on: of the text alone, nothing put aroun
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gptdist.data.tokenizer import BYTE_LETTERS, BYTES, CorpusTokenizer
@@ -50,6 +51,12 @@ def imported_tokenizer(content: bytes, where: str, end_of_text: int | None) -> C
     if content == bytes_tokenizer_json():
         return CorpusTokenizer.of_bytes()
     return CorpusTokenizer.parse(content, where, end_of_text)
+
+
+def is_of_bytes(path: Path) -> bool:
+    """Whether the file is what `tokenizer_files` makes of the tokenizer `bytes`."""
+    content = bytes_tokenizer_json()
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def bytes_tokenizer_json() -> bytes:

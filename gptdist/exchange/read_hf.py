@@ -37,6 +37,7 @@ class HuggingFaceSource:
         self.dialect: Dialect
         self.model, self.dialect = imported_model(self.config, sequence_length)
         self._files = _Files(folder, self.dialect, self.model.tie_embeddings)
+        self._files.check_sizes(self.model)
         tensors = hf_tensors(self.model, self.dialect)
         for tensor in tensors:
             self._files.check(tensor.name, tensor.shape)
@@ -115,6 +116,16 @@ class _Files:
         if tied and head in where:
             self._check_tied(head, self._stored_name(f"{names.base}{names.word}.weight"))
         self._unused = {head} if tied else set()
+
+    def check_sizes(self, model: ModelConfig) -> None:
+        """Raises ExchangeError for a config.json whose list of tensors would be longer than the files could hold."""
+        names = self._dialect.names
+        self.check(f"{names.base}{names.word}.weight", (model.vocab_size, model.hidden_size))
+        if model.num_layers > len(self._where):
+            raise ExchangeError(
+                f"{self._folder} has {len(self._where)} tensors, too few for the {model.num_layers:,} layers that its "
+                "config.json says the model has. Files may be missing: fetch the folder again."
+            )
 
     def check(self, name: str, shape: Shape) -> None:
         """Raises ExchangeError unless the tensor is there, of that shape, of floats that can be read."""

@@ -103,17 +103,22 @@ def test_every_architecture_computes_the_same(name: str, tmp_path: Path) -> None
 def test_q8_0_says_what_it_costs(commands: Commands, tmp_path: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "model.gguf"
     commands.train(run, 1).expect(0)
-    said = commands.run("export", run, "--format", "gguf", "--dtype", "q8_0", "--out", file).expect(0).out
-    measured = json.loads((tmp_path / "model.conformance.json").read_text())["perplexity"]
-    evaluated = commands.run("eval", run, "--samples", measured["windows"]).expect(0).out
+    for folder in (run / "checkpoints").glob("step-*"):
+        folder.chmod(0o777)  # refused, but for those who say so
+    trusting = ("--trust-others",)
+    said = commands.run("export", run, "--format", "gguf", "--dtype", "q8_0", "--out", file, *trusting).expect(0).out
+    card = (tmp_path / "model.conformance.json").read_text()
+    measured = json.loads(card)["perplexity"]
+    assert "/" not in measured["corpus"] and "/" not in json.loads(card)["data"]["phases"][0]["blend"][0]["corpus"]
+    evaluated = commands.run("eval", run, "--samples", measured["windows"], *trusting).expect(0).out
     found = re.search(r"perplexity ([0-9.]+),", evaluated)
     assert found and float(found[1]) == pytest.approx(measured["checkpoint"], abs=0.006)
     assert 0 < abs(measured["change"]) < 1e-3
     assert measured["exported"] == pytest.approx(measured["checkpoint"] * (1 + measured["change"]))
-    assert f"perplexity on {measured['windows']} held-out windows of {commands.corpus}: " in said
+    assert f"perplexity on {measured['windows']} held-out windows of {Path(commands.corpus).name}: " in said
     assert f"{measured['exported']:.4f} of the file ({measured['change']:+.4%})" in said
 
     other = tmp_path / "other.gguf"
-    nowhere = ["--corpus", tmp_path / "nowhere"]
+    nowhere = ["--corpus", tmp_path / "nowhere", *trusting]
     commands.run("export", run, "--format", "gguf", "--dtype", "q8_0", "--out", other, *nowhere).one_error("nowhere")
     assert not other.exists() and not list(tmp_path.glob(".tmp-*gguf")) and not list(tmp_path.glob("other*"))

@@ -1,6 +1,7 @@
 """Generation: memory changes nothing, any number of ranks give one text, and transformers gives the same."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,7 +226,24 @@ def test_what_cannot_be_generated_is_one_error(commands: Commands, hf_folder: Pa
     commands.run("generate", tmp_path / "nothing").one_error("no checkpoint at")
     words = ["generate", hf_folder, "--beams", 2, "--temperature", 1]
     commands.run(*words).one_error("--beams", "--temperature", "Leave them out")
+    mixed = Path(shutil.copytree(hf_folder, tmp_path / "mixed"))
+    tokenizer = json.loads((mixed / "tokenizer.json").read_text())
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [{**first, "id": index, "content": f"<{index}>"} for index in range(258, 301)]
+    (mixed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    commands.run("generate", mixed).one_error("ids up to", "knows 300", "another model's")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "bert"}))
     commands.run("generate", broken).one_error("bert")
+
+
+def test_standard_output_is_for_text(commands: Commands, tmp_path: Path) -> None:
+    """A checkpoint that was passed over is told of elsewhere."""
+    run = tmp_path / "run"
+    commands.train(run, 1).expect(0)
+    newest = max((run / "checkpoints").glob("step-*"))
+    (newest / "manifest.json").write_text("{}")
+    said = commands.run("generate", run, "--prompt", "def", "--tokens", 1).expect(0)
+    assert said.out.startswith("def") and "warning" not in said.out
+    assert f"passed over a checkpoint: {newest.name}" in said.err

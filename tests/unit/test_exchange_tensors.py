@@ -299,6 +299,9 @@ def break_folder(folder: Path, how: str) -> None:
             file.unlink()
         case "no config":
             (folder / "config.json").unlink()
+        case "many layers":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2**39}))
         case "not JSON":
             (folder / "config.json").write_text("{")
         case "a list":
@@ -317,6 +320,7 @@ def break_folder(folder: Path, how: str) -> None:
         ("pickle", "a pickle, which can run code"),
         ("no weights", "there are no weights"),
         ("no config", "is no folder of a Hugging Face model"),
+        ("many layers", "too few for the 549,755,813,888 layers"),
         ("not JSON", "is not JSON"),
         ("a list", "is not a JSON object"),
         ("no map", "has no weight_map"),

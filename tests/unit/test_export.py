@@ -4,11 +4,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,12 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.config.sections import ModelConfig
 from gptdist.data.tokenizer import CorpusTokenizer
-from gptdist.errors import GptdistError
+from gptdist.errors import ExchangeError, GptdistError, NotConformant
 from gptdist.exchange.conformance import BOUND, compare, kept_positions, probe_lengths, random_probes
-from gptdist.exchange.hf_tokenizer import bytes_tokenizer_json, tokenizer_files
+from gptdist.exchange.hf_tokenizer import bytes_tokenizer_json, is_of_bytes, tokenizer_files
 from gptdist.exchange.read_hf import HuggingFaceSource
 from launch import export, import_model, proof
 from launch.arguments import parse_arguments
+from launch.card import begin_card
+from launch.new_folder import new_folder
 from tests.stored_models import random_weight, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +174,62 @@ def test_export_refuses_before_it_writes(tmp_path: Path, monkeypatch: pytest.Mon
     wanted = "pip install 'gptdist[export]'"
     assert wanted in refusal(run, export.main, "export", tmp_path / "run", "--out", tmp_path / "a")
     assert left_in(tmp_path) == ["odd", "out", "run"]
+
+
+def test_term_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Slurm and service managers end what they end with TERM, which alone would skip every `finally`."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, new_folder(tmp_path / "out") as folder:
+        (folder / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert left_in(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_proof_meets_is_told_and_its_process_ends() -> None:
+    """An OSError of transformers' must not read as a full disk; nor may the process stay when the export is ended."""
+    with pytest.raises(NotConformant, match="transformers could not compute: OSError: no such file"):
+        proof.alone(_fail, "OSError")
+    with pytest.raises(ExchangeError, match="ours"):
+        proof.alone(_fail, "ours")
+    with pytest.raises(NotConformant, match="transformers was killed"):
+        proof.alone(_fail, "killed")
+
+
+def _fail(how: str) -> dict[str, Any]:
+    """transformers"""
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError("no such file") if how == "OSError" else ExchangeError("ours")
+
+
+def test_a_card_names_corpora_and_not_where_they_are(tmp_path: Path) -> None:
+    """A card is published with the weights; paths of a machine tell of its users."""
+    places = ("/home/somebody/corpora/books", "s3://bucket/web", "https://somebody:secret@host/code?token=secret")
+    data = {"seed": 1, "phases": [{"from_sample": 0, "blend": [{"corpus": place, "weight": 1} for place in places]}]}
+    with Checkpoint.open(write_run(tmp_path / "run", CLASSIC), verify=False) as checkpoint:
+        state = {**checkpoint.state, "data": data}
+        card = begin_card(cast(Checkpoint, _Stated(checkpoint, state)), CorpusTokenizer.of_bytes())
+    found = [entry["corpus"] for entry in card["data"]["phases"][0]["blend"]]
+    assert found[:2] == ["books", "s3://bucket/web"]
+    assert card["data"]["seed"] == 1 and "somebody" not in json.dumps(card) and "secret" not in json.dumps(card)
+
+
+class _Stated:
+    """A checkpoint with another run state."""
+
+    def __init__(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        self.step, self.created, self.manifest, self.state = 1, checkpoint.created, checkpoint.manifest, state
+
+
+def test_bytes_are_known_again(tmp_path: Path) -> None:
+    """Else an export of a run on bytes could not be evaluated on the run's own corpus."""
+    for name, content in tokenizer_files(CorpusTokenizer.of_bytes(), 16).files.items():
+        (tmp_path / name).write_bytes(content)
+    assert is_of_bytes(tmp_path / "tokenizer.json")
+    assert not is_of_bytes(tmp_path / "tokenizer_config.json") and not is_of_bytes(tmp_path / "none")
 
 
 def test_weights_that_cannot_be_exported(tmp_path: Path) -> None:
