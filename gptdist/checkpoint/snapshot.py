@@ -4,7 +4,8 @@ A `Fragment` is a view of a rank's memory, on any device; what is written is a `
 Knows memory and devices; no files and no threads.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 
 from gptdist.checkpoint.fragment import HostFragment
 from gptdist.checkpoint.logical import Box, Shape
+
+_LEAST_COPIED_AT_ONCE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class HostBuffers:
         """The fragments as they are now. All of the copy is there when it returns."""
         if not self._planned_for(fragments):
             self._plan(fragments)
+        if self._host_moves:
+            # numpy lets go of the interpreter while it copies; one core alone does not use what the memory can do.
+            list(self._threads.map(_copy_bytes, self._host_moves))
         for target, source in self._moves:
             target.copy_(source, non_blocking=True)
         for device in self._devices:
@@ -111,6 +117,13 @@ class HostBuffers:
             if part.data.numel():
                 self._add_move(target, part.data.detach())
             offset = after
+        on_host = [move for move in self._moves if move[1].device.type == "cpu" and move[1].is_contiguous()]
+        self._moves = [move for move in self._moves if move[1].device.type != "cpu" or not move[1].is_contiguous()]
+        threads = torch.get_num_threads()
+        self._host_moves = [
+            cut for target, source in on_host for cut in _cut(_bytes_of(target), _bytes_of(source), threads)
+        ]
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-copy")
 
     def _add_move(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if not source.is_contiguous():
@@ -123,6 +136,21 @@ class HostBuffers:
                 self._moves[-1] = (_longer(before, len(source)), _longer(source_before, len(source)))
                 return
         self._moves.append((target, source))
+
+
+def _bytes_of(data: torch.Tensor) -> np.ndarray:
+    return data.reshape(-1).view(torch.uint8).numpy()
+
+
+def _cut(target: np.ndarray, source: np.ndarray, parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Equal parts, one a thread: memory is copied fastest in pieces far larger than the caches."""
+    size = max(_LEAST_COPIED_AT_ONCE, -(-len(target) // parts))
+    for first in range(0, len(target), size):
+        yield target[first : first + size], source[first : first + size]
+
+
+def _copy_bytes(move: tuple[np.ndarray, np.ndarray]) -> None:
+    np.copyto(*move)
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:

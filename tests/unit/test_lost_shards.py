@@ -37,6 +37,9 @@ class ThreadComms(Comms):
         self._barrier.wait()
         return gathered
 
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
 
 def as_ranks(size: int, work: Callable[[Comms], Any]) -> list[Any]:
     """`work(comms)` on so many ranks; what each returned or raised."""

@@ -22,6 +22,9 @@ class ThreadComms(Comms):
         self._meeting.wait()
         return values
 
+    def _broadcast(self, value):
+        return self._gather(value)[0]
+
     def barrier(self):
         with self._noting_breaks():
             self._meeting.wait()
