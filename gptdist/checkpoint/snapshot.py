@@ -69,7 +69,9 @@ class HostBuffers:
             self._plan(fragments)
         if self._host_moves:
             # numpy lets go of the interpreter while it copies; one core alone does not use what the memory can do.
-            list(self._threads.map(_copy_bytes, self._host_moves))
+            # The threads end here: one that waited for the next save would keep the process from ending.
+            with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="checkpoint-copy") as threads:
+                list(threads.map(_copy_bytes, self._host_moves))
         for target, source in self._moves:
             target.copy_(source, non_blocking=True)
         for device in self._devices:
@@ -123,7 +125,6 @@ class HostBuffers:
         self._host_moves = [
             cut for target, source in on_host for cut in _cut(_bytes_of(target), _bytes_of(source), threads)
         ]
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-copy")
 
     def _add_move(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if not source.is_contiguous():

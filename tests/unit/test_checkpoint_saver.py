@@ -71,6 +71,7 @@ def test_a_copy_is_the_state_of_its_moment_in_few_moves(least_bytes, monkeypatch
     buffers = HostBuffers(parts)
     expected = {fragment.name: fragment.data.clone() for fragment in parts}
     copies = {copy.name: copy for copy in buffers.copy(parts)}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint-copy")]
     flat += 1
     assert buffers.bytes == sum(part.data.numel() * part.data.element_size() for part in parts)
     for name, tensor in expected.items():
