@@ -155,7 +155,7 @@ def test_the_mean_loss_is_the_same_under_every_layout(pool: RankPool) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2}  # each collective costs an idle machine milliseconds
     source = GivenWeights(assemble(pool.run(overfit, 1, Case(undropped, 1, {}, sizes))))
     ((without, _),) = pool.run(keyed_losses, 1, Case(undropped, 1, {}, sizes), source, [(7, 1)])[0]
-    keys = [(7, step) for step in range(1, 61)]
+    keys = [(7, step) for step in range(1, 201)]
     layouts = {"one rank": (1, {}), "TP2": (2, TENSOR), "TP2+SP": (2, SEQUENCE), "PP2": (2, {"pipeline": 2})}
     means, errors = {}, {}
     for name, (world_size, parallel) in layouts.items():
