@@ -114,10 +114,10 @@ def overfit(world: World, case: Case) -> list[Any]:
 
 
 def keyed_losses(
-    world: World, case: Case, source: StateSource, keys: list[tuple[int, int]]
+    world: World, case: Case, source: StateSource, keys: list[tuple[int, int]], copies: int = 1
 ) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the same batch and weights under each (seed, step)."""
-    batch = batch_of(case, world, step=1)
+    """(loss, gradient norm) of the same batch and weights under each (seed, step); each of `copies` draws its own."""
+    batch = batch_of(case, world, step=1).repeat(1, copies, 1)
     answers = []
     with engine_of(case, world) as engine:
         engine.read(source, {"optimizer_steps": 0, "loss_scaler": {}})
@@ -155,15 +155,15 @@ def test_the_mean_loss_is_the_same_under_every_layout(pool: RankPool) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2}  # each collective costs an idle machine milliseconds
     source = GivenWeights(assemble(pool.run(overfit, 1, Case(undropped, 1, {}, sizes))))
     ((without, _),) = pool.run(keyed_losses, 1, Case(undropped, 1, {}, sizes), source, [(7, 1)])[0]
-    keys = [(7, step) for step in range(1, 201)]
+    copies, keys = 10, [(7, step) for step in range(1, 21)]
     layouts = {"one rank": (1, {}), "TP2": (2, TENSOR), "TP2+SP": (2, SEQUENCE), "PP2": (2, {"pipeline": 2})}
     means, errors = {}, {}
     for name, (world_size, parallel) in layouts.items():
         case = Case(model, world_size, parallel, sizes)
-        losses = torch.tensor([loss for loss, _ in pool.run(keyed_losses, world_size, case, source, keys)[0]])
+        losses = torch.tensor([loss for loss, _ in pool.run(keyed_losses, world_size, case, source, keys, copies)[0]])
         means[name], errors[name] = losses.mean().item(), losses.std().item() / math.sqrt(len(keys))
     shown = {name: f"{means[name]:.4f} +- {errors[name]:.4f}" for name in means}
-    print(f"mean loss of {len(keys)} draws: {shown}; without dropout {without:.4f}")
+    print(f"mean loss of {copies * len(keys)} draws: {shown}; without dropout {without:.4f}")
     for name in ("TP2", "TP2+SP", "PP2"):
         bound = 4 * math.hypot(errors[name], errors["one rank"])
         assert abs(means[name] - means["one rank"]) < bound, name
