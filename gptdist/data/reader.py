@@ -86,9 +86,10 @@ class TokenReader:
         self.replaced_windows = 0
         self._lines = info.shard_lines
         self._index_bytes = info.index.bytes
+        self._largest_bytes = self._lines.largest_bytes() if self.store.wants_ahead else 0
         if self.store.wants_ahead:
             self.store.check_room(
-                self._index_bytes + self._lines.largest_bytes(), f"the index of the {split} split and its largest shard"
+                self._index_bytes + self._largest_bytes, f"the index of the {split} split and its largest shard"
             )
         index_path = self.store.path(info.index, keep=True)
         self.index = ChunkIndex.open(index_path, info.chunks, info.tokens, info.documents)
@@ -154,8 +155,8 @@ class TokenReader:
 
     def windows(self, indices: Sequence[int] | np.ndarray, sequence_length: int, out: np.ndarray) -> np.ndarray:
         """Many windows, into the rows of `out`: int64 [len(indices), sequence_length + 1], which is returned."""
-        # After each batch the processor's caches are cold, and a call of numpy costs as much as half a row. So this is
-        # one function, with few calls for all windows but those that cross chunks.
+        # After each batch the processor's caches are cold, and a call of numpy costs as much as half a row. So there
+        # are few calls for all windows but those that cross chunks.
         wanted = np.asarray(indices, dtype=np.int64)
         count, length = len(wanted), sequence_length + 1
         if not count:
@@ -168,21 +169,11 @@ class TokenReader:
             self._limits_for, self._limits = length, np.zeros(len(self.index), dtype=np.int64)
         while True:
             served = self._readable(wanted, sequence_length) if self._unreadable else wanted
-            starts = served * sequence_length
             try:
-                # Whatever the index holds: a search ends where the chunk's end is above the key, the one before not.
-                chunks = self._chunk_ends.searchsorted(starts, side="right")
-                across: list[tuple[int, int, int]] = []
-                if np.count_nonzero(starts < self._limits.take(chunks)) < count:
-                    across = self._look_up(starts, chunks, length)
-                if len(across) < count:
-                    starts += self._shifts.take(chunks)  # positions in shards from here on
-                    if self._one_shard and count * length <= 2 * _TOKENS_AT_ONCE:
-                        out[:] = self._shard(0).runs(length)[starts]
-                    else:
-                        self._copy_from_shards(self.index.shard.take(chunks), starts, out)
-                for row, chunk, start in across:
-                    self._copy_across(out[row], chunk, start)
+                if self.store.wants_ahead:
+                    self._copy_in_room(served, out)
+                else:
+                    self._copy_windows(served, out)
             except UnreadableShard as error:
                 self._pass_over(error)
                 continue
@@ -233,6 +224,42 @@ class TokenReader:
     def _no_such_window(self, wanted: np.ndarray, sequence_length: int) -> IndexError:
         wrong = wanted.min() if wanted.min() < 0 else wanted.max()
         return IndexError(f"window {wrong} of {(self.num_tokens - 1) // sequence_length} in the {self.split} split")
+
+    def _copy_in_room(self, served: np.ndarray, out: np.ndarray) -> None:
+        """As `_copy_windows`; from one shard after the other where not all of them fit in the store's cache at once.
+
+        Each step of `_copy_windows` goes through all shards, so that it would fetch them anew.
+        """
+        starts = served * (out.shape[1] - 1)
+        numbers = self.index.shard.take(self._chunk_ends.searchsorted(starts, side="right"))
+        shards = np.unique(numbers).tolist()
+        most = self._index_bytes + (len(shards) + 1) * self._largest_bytes  # a window can go on in the next
+        if len(shards) == 1 or most <= self.store.settings.cache_size:
+            self._copy_windows(served, out)
+            return
+        for number in shards:
+            rows = np.flatnonzero(numbers == number)
+            part = np.empty((len(rows), out.shape[1]), dtype=np.int64)
+            self._copy_windows(served[rows], part)
+            out[rows] = part
+
+    def _copy_windows(self, served: np.ndarray, out: np.ndarray) -> None:
+        """The windows `served` into the rows of `out`. Raises UnreadableShard, IndexError where the index is damaged."""
+        count, length = out.shape
+        starts = served * (length - 1)
+        # Whatever the index holds: a search ends where the chunk's end is above the key, the one before not.
+        chunks = self._chunk_ends.searchsorted(starts, side="right")
+        across: list[tuple[int, int, int]] = []
+        if np.count_nonzero(starts < self._limits.take(chunks)) < count:
+            across = self._look_up(starts, chunks, length)
+        if len(across) < count:
+            starts += self._shifts.take(chunks)  # positions in shards from here on
+            if self._one_shard and count * length <= 2 * _TOKENS_AT_ONCE:
+                out[:] = self._shard(0).runs(length)[starts]
+            else:
+                self._copy_from_shards(self.index.shard.take(chunks), starts, out)
+        for row, chunk, start in across:
+            self._copy_across(out[row], chunk, start)
 
     def _look_up(self, starts: np.ndarray, chunks: np.ndarray, length: int) -> list[tuple[int, int, int]]:
         """Look at the chunks of windows where that was not done yet. Returns (row, chunk, start) of those that go on in

@@ -313,6 +313,12 @@ class CachedStore:
             while self._held:
                 self._held.popitem()[1].lease.release()
 
+    def _make_way(self, cache: NodeCache) -> None:
+        """Release what this process holds while room is wanted: not a file that it has just waited for itself."""
+        with self._lock:
+            while self._held and cache.room_is_wanted():
+                self._held.popitem()[1].lease.release()
+
     def _pause(self, seconds: float, entry: StoredFile) -> None:
         if self._stopping.wait(seconds):
             raise FetchFailed(f"{self.shown(entry.file)}: fetching was stopped.")
@@ -322,7 +328,7 @@ class CachedStore:
         while not self._stopping.is_set():
             try:
                 if cache.room_is_wanted():
-                    self._let_go()
+                    self._make_way(cache)
                 elif self._fetch_a_wish(cache):
                     continue
             except (GptdistError, OSError):
