@@ -244,7 +244,7 @@ class TokenReader:
             out[rows] = part
 
     def _copy_windows(self, served: np.ndarray, out: np.ndarray) -> None:
-        """The windows `served` into the rows of `out`. Raises UnreadableShard, IndexError where the index is damaged."""
+        """The windows `served` into the rows of `out`. Raises UnreadableShard; IndexError for a damaged index."""
         count, length = out.shape
         starts = served * (length - 1)
         # Whatever the index holds: a search ends where the chunk's end is above the key, the one before not.
