@@ -19,7 +19,7 @@ from gptdist.config.sections import ModelConfig
 from gptdist.durable import write_durably
 from gptdist.errors import CheckpointError, ExchangeError
 from gptdist.exchange.architecture import exported_dialect
-from gptdist.exchange.numbers import narrow
+from gptdist.exchange.numbers import in_rows, narrow
 from gptdist.exchange.read_hf import INDEX, SINGLE
 from gptdist.exchange.tensors import HFTensor, hf_array, hf_part, hf_tensors
 
@@ -119,8 +119,8 @@ class _Reader:
         return self._narrowed(values, tensor.name)
 
     def _narrowed(self, values: np.ndarray, name: str) -> np.ndarray:
-        # A copy where it is transposed; else read for this alone.
-        bits = np.ascontiguousarray(values) if self._dtype == "float32" else narrow(values, self._dtype)
+        values = in_rows(values)  # a copy where it is transposed; else read for this alone
+        bits = values if self._dtype == "float32" else narrow(values, self._dtype)
         if not _all_finite(bits, self._dtype):
             if not np.isfinite(values).all():
                 raise ExchangeError(

@@ -15,7 +15,7 @@ from gptdist.checkpoint.logical import Box
 from gptdist.config.sections import ModelConfig
 from gptdist.errors import ExchangeError
 from gptdist.exchange.architecture import exported_dialect, hf_config, imported_model
-from gptdist.exchange.numbers import narrow, rounded
+from gptdist.exchange.numbers import in_rows, narrow, rounded
 from gptdist.exchange.read_hf import HuggingFaceSource
 from gptdist.exchange.tensors import hf_tensors, stream_hf_tensors
 from gptdist.model.parameters import logical_shapes
@@ -350,3 +350,13 @@ def test_tensors_that_config_does_not_mean(tmp_path: Path) -> None:
     save_file({"transformer.ln_f.bias": np.zeros(24, np.float32)}, tmp_path / "e" / "model-0.safetensors")
     with pytest.raises(ExchangeError, match=r"is in model-0.safetensors and model-1.safetensors|has no tensor"):
         HuggingFaceSource(tmp_path / "e")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (128, 128), (127, 300), (257, 1), (130, 129), (7,), ()])
+def test_transposed_rows_are_copied_by_tiles(shape: tuple[int, ...]) -> None:
+    values = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape[::-1]).T
+    rows = in_rows(values)
+    assert rows.flags.c_contiguous
+    assert rows.shape == values.shape
+    assert np.array_equal(rows, values)
+    assert in_rows(rows) is rows
