@@ -11,7 +11,8 @@ class World:
     """One rank's place. `local_rank` counts within the node; `master_address:master_port` is where ranks meet.
 
     `listen_fd`: on the first rank, a socket that already listens there (so that no one else can take the port between
-    choosing it and using it); -1 where there is none yet.
+    choosing it and using it); -1 where there is none yet. `heartbeat_fd`: memory for this rank's signs of life
+    (`gptdist.monitor.heartbeat`); -1 where nobody reads them.
     """
 
     global_rank: int = 0
@@ -23,6 +24,7 @@ class World:
     master_port: int = 0
     launcher: str = "single"
     listen_fd: int = -1
+    heartbeat_fd: int = -1
 
     @property
     def is_one_node(self) -> bool:
