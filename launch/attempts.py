@@ -1,4 +1,4 @@
-"""What was tried so far: one record when a set of ranks starts, one when it has ended, in `attempts.jsonl` of the run.
+"""What was tried so far, in `attempts.jsonl` of a run: a record when ranks start, one when they end, notes between.
 
 Appended by the process that decides over the ranks; read by `gptdist status` and by whoever decides what comes next, on
 any machine that sees the run's folder. Knows files and nothing of processes, Slurm or steps.
@@ -7,7 +7,8 @@ any machine that sees the run's folder. Knows files and nothing of processes, Sl
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,14 +49,28 @@ class Attempt:
         return self.allocation, self.restart, self.generation
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something worth knowing that ended nothing: a `slow rank`, a `loss spike`. `at`: seconds since the epoch."""
+
+    at: float
+    kind: str
+    text: str
+
+
 def begin(run_dir: Path, attempt: Attempt) -> None:
     """Record that the ranks of `attempt` start now. Survives a power cut once this returns. Raises StorageError."""
-    _append(run_dir, "begin", attempt)
+    _append(run_dir, {"event": "begin", **asdict(attempt)})
 
 
 def end(run_dir: Path, attempt: Attempt) -> None:
     """Record how `attempt` ended: all of it again, so that its beginning may be missing. Raises StorageError."""
-    _append(run_dir, "end", attempt)
+    _append(run_dir, {"event": "end", **asdict(attempt)})
+
+
+def note(run_dir: Path, kind: str, text: str) -> None:
+    """Record what `gptdist status` should tell. Raises StorageError."""
+    _append(run_dir, {"event": "note", **asdict(Note(time.time(), kind, text))})
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
@@ -64,25 +79,27 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     A line that a kill or a power cut left torn is passed over, as is one that is no record. Raises StorageError where
     the file is there and cannot be read.
     """
-    try:
-        content = (run_dir / ATTEMPTS_FILE).read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StorageError(
-            f"{run_dir / ATTEMPTS_FILE} cannot be read: {error.strerror or error}. Run this as a user who may read it."
-        ) from error
     attempts: dict[tuple[str, int, int], Attempt] = {}
-    for line in content.split(b"\n"):
-        attempt = _parse(line)
+    for record in _records(run_dir):
+        attempt = _attempt(record)
         if attempt is not None:
             attempts[attempt.name] = attempt  # the place of its beginning, the content of its end
     return list(attempts.values())
 
 
-def _append(run_dir: Path, event: str, attempt: Attempt) -> None:
+def read_notes(run_dir: Path) -> list[Note]:
+    """All notes, oldest first. Raises StorageError."""
+    notes = []
+    for record in _records(run_dir):
+        at, kind, text = (record.get(name) for name in ("at", "kind", "text"))
+        if record.get("event") == "note" and isinstance(at, int | float):
+            notes.append(Note(float(at), str(kind), str(text)))
+    return notes
+
+
+def _append(run_dir: Path, event: Mapping[str, Any]) -> None:
     path = run_dir / ATTEMPTS_FILE
-    record = json.dumps({"event": event, **asdict(attempt)}, allow_nan=False).encode() + b"\n"
+    record = json.dumps(event, allow_nan=False).encode() + b"\n"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
@@ -108,20 +125,33 @@ def _ends_torn(file: BinaryIO) -> bool:
     return file.read(1) != b"\n"
 
 
-def _parse(line: bytes) -> Attempt | None:
+def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
     try:
-        record = json.loads(line)
-        return _attempt(record) if isinstance(record, dict) else None
-    except (ValueError, TypeError):
+        content = (run_dir / ATTEMPTS_FILE).read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(
+            f"{run_dir / ATTEMPTS_FILE} cannot be read: {error.strerror or error}. Run this as a user who may read it."
+        ) from error
+    for line in content.split(b"\n"):
+        with suppress(ValueError):  # torn, or not text
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+def _attempt(record: Mapping[str, Any]) -> Attempt | None:
+    """Of a record, in which a newer version may have put more; None for one that is of something else."""
+    if record.get("event") not in ("begin", "end"):
         return None
-
-
-def _attempt(record: Mapping[str, Any]) -> Attempt:
-    """Of a record, in which a newer version may have put more. Raises TypeError for one that is none."""
     known = {field.name: record[field.name] for field in fields(Attempt) if field.name in record}
-    for name in ("hosts", "culprits"):
-        known[name] = tuple(str(host) for host in known.get(name, ()))
-    numbers = (known.get("restart"), known.get("generation"), known.get("began"), known.get("start_step"))
-    if not isinstance(known.get("allocation"), str) or not all(isinstance(number, int | float) for number in numbers):
-        raise TypeError("no record of an attempt")
-    return Attempt(**known)
+    try:
+        for name in ("hosts", "culprits"):
+            known[name] = tuple(str(host) for host in known.get(name, ()))
+        attempt = Attempt(**known)
+    except TypeError:
+        return None
+    numbers = (attempt.restart, attempt.generation, attempt.began, attempt.start_step)
+    is_one = isinstance(attempt.allocation, str) and all(isinstance(number, int | float) for number in numbers)
+    return attempt if is_one else None

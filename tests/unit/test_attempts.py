@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptdist.errors import StorageError
 from launch import attempts
-from launch.attempts import ATTEMPTS_FILE, Attempt, begin, end, read_attempts
+from launch.attempts import ATTEMPTS_FILE, Attempt, begin, end, note, read_attempts, read_notes
 
 FIRST = Attempt("slurm 7", 0, 0, ("node1", "node2"), 4, began=1000.0, start_step=0)
 ENDED = replace(
@@ -48,6 +48,16 @@ def test_an_attempt_that_was_killed_without_a_word_has_no_end(tmp_path: Path) ->
     assert (second.ended, second.action) == (3.0, "done")
 
 
+def test_notes_stand_between(tmp_path: Path) -> None:
+    begin(tmp_path, FIRST)
+    note(tmp_path, "slow rank", "rank 3 on node2 takes 2.1 times as long as the others")
+    end(tmp_path, ENDED)
+    (found,) = read_notes(tmp_path)
+    assert (found.kind, found.text) == ("slow rank", "rank 3 on node2 takes 2.1 times as long as the others")
+    assert found.at > 1e9
+    assert read_attempts(tmp_path) == [ENDED]
+
+
 def test_the_folder_is_made_and_an_end_stands_without_its_beginning(tmp_path: Path) -> None:
     end(tmp_path / "runs" / "a", ENDED)
     assert read_attempts(tmp_path / "runs" / "a") == [ENDED]
@@ -71,7 +81,17 @@ def test_a_torn_line_costs_no_other(tmp_path_factory: pytest.TempPathFactory, cu
 def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
     begin(tmp_path, FIRST)
     newer = {"event": "begin", **attempts.asdict(FIRST), "restart": 1, "of_a_newer_version": [1]}
-    lines = ["", "null", "[]", "7", '{"event": "begin"}', '{"allocation": 3}', "\x00\x00", json.dumps(newer)]
+    lines = [
+        "",
+        "null",
+        "[]",
+        "7",
+        '{"event": "note"}',
+        '{"event": "begin"}',
+        '{"event": "end", "hosts": 3}',
+        "\x00\x00",
+        json.dumps(newer),
+    ]
     with (tmp_path / ATTEMPTS_FILE).open("a") as file:
         file.write("\n".join(lines) + "\n")
     assert read_attempts(tmp_path) == [FIRST, replace(FIRST, restart=1)]
