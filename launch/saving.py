@@ -22,6 +22,7 @@ from gptdist.comms import Comms
 from gptdist.config.sections import CheckpointConfig, RunConfig
 from gptdist.errors import CheckpointError, ConfigError, NoGoodCheckpoint, StorageError
 from gptdist.model.parameters import parameter_count
+from gptdist.monitor.heartbeat import Heartbeat
 from gptdist.remote import RemoteFolder, without_secrets
 from gptdist.world import World
 from launch.rendezvous import open_channel
@@ -48,10 +49,15 @@ def open_uploader(config: RunConfig, world: World) -> Uploader | None:
 
 
 def open_saver(
-    config: RunConfig, world: World, resumed_from: Path | None, uploader: Uploader | None
+    config: RunConfig, world: World, resumed_from: Path | None, uploader: Uploader | None, heartbeat: Heartbeat
 ) -> CheckpointSaver:
     """The saver of this run, on every rank. Its thread begins with the first save."""
     checkpoint = config.checkpoint
+
+    def on_saved(step: int, path: Path) -> None:
+        heartbeat.saved(step)
+        if uploader:
+            uploader.submit(path)
 
     def protected() -> Collection[Path]:
         uploading = uploader.pending() if uploader else []
@@ -72,7 +78,7 @@ def open_saver(
         channel,
         options,
         background=background,
-        on_saved=uploader.submit if uploader else None,
+        on_saved=on_saved,
     )
 
 

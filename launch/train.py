@@ -25,12 +25,14 @@ from gptdist.data.samples import SampleSource
 from gptdist.data.store import Store
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.durable import write_durably
+from gptdist.engine.clock import StepClock
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.zero_config import memory_note
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, StorageError
 from gptdist.layout import Layout
 from gptdist.model.parameters import flops_per_token, parameter_count
 from gptdist.monitor.console import CorpusUse, RunHeader, render_run_header
+from gptdist.monitor.heartbeat import Heartbeat
 from gptdist.monitor.peaks import peak_flops
 from gptdist.monitor.sinks import Sinks, build_sinks, check_sinks
 from gptdist.monitor.throughput import Throughput
@@ -97,17 +99,21 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
     layout = check_run(config, world.world_size, loaded.origins)
     check_sinks(config.monitor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    comms = join(world, config.launch.timeout, device)
-    try:
-        with comms.together():
-            data = open_data(config)
+    clock = StepClock(Heartbeat.open(world.heartbeat_fd))
+    with clock.watching_collectives(device):
+        comms = join(world, config.launch.timeout, device)
         try:
-            check_same_on_all_ranks(data_identity(config, data.manifests), data.names, comms)
-            return _train(loaded, layout, world, comms, data, fresh)
+            clock.phase("loading")
+            with comms.together():
+                data = open_data(config)
+            try:
+                check_same_on_all_ranks(data_identity(config, data.manifests), data.names, comms)
+                return _train(loaded, layout, world, comms, data, fresh, clock)
+            finally:
+                data.close()
         finally:
-            data.close()
-    finally:
-        leave()
+            clock.phase("ending")
+            leave()
 
 
 def open_data(config: RunConfig) -> RunData:
@@ -143,14 +149,18 @@ def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
         ) from error
 
 
-def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool) -> int:
+def _train(
+    loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool, clock: StepClock
+) -> int:
     config = loaded.config
     end_of_text = data.tokenizer.end_of_text if config.data.mask_documents else None
-    engine = TrainEngine(config.model, config.optimizer, config.parallel, config.train, layout, world, end_of_text)
+    sections = (config.model, config.optimizer, config.parallel, config.train)
+    engine = TrainEngine(*sections, layout, world, end_of_text, clock)
     try:
         identity = data_identity(config, data.manifests)
         start = take_up(config, layout, engine, comms, identity, fresh=fresh)
         progress = start.progress
+        clock.heartbeat.resume(progress.step)
         done = progress.step >= config.train.steps
         if not done:
             _check_before_writing(config, layout, engine, comms, data, progress)
@@ -168,7 +178,7 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             return EXIT_DONE
         uploader = open_uploader(config, world)
         resumed_from = Path(start.resumed_from) if start.resumed_from else None
-        saver = open_saver(config, world, resumed_from, uploader)
+        saver = open_saver(config, world, resumed_from, uploader, clock.heartbeat)
         if saver.background:
             with comms.together():
                 saver.prepare(engine.fragments())
@@ -184,6 +194,7 @@ def _train(loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: 
             patience = 0.0  # the second Ctrl-C, which was promised to end the run at once
             raise
         finally:
+            clock.phase("ending")
             saver.close(patience)
             data.stop_fetching()  # the reading thread may be waiting for a shard
             loader.close()

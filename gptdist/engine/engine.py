@@ -16,6 +16,7 @@ from torch import Tensor
 from gptdist.checkpoint.logical import Box, fragments_of_range
 from gptdist.checkpoint.snapshot import Fragment
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from gptdist.engine.clock import StepClock
 from gptdist.engine.groups import Groups
 from gptdist.engine.megatron import Network, build_groups, destroy_groups
 from gptdist.engine.partition import StateSource, owned_fragments, read_into, read_state
@@ -24,6 +25,7 @@ from gptdist.engine.zero_config import OPTIMIZER
 from gptdist.layout import Layout
 from gptdist.model.initial import initial_weight
 from gptdist.model.parameters import logical_shapes
+from gptdist.monitor.heartbeat import Heartbeat
 from gptdist.world import World
 
 
@@ -58,16 +60,24 @@ class Evaluation:
 class InferenceEngine:
     """A network with weights and no optimizer: evaluation and logits, under any layout.
 
-    `end_of_text`: the id that ends documents, where attention and positions are to stop; None: they do not.
+    `end_of_text`: the id that ends documents, where attention and positions are to stop; None: they do not. `clock`:
+    what hears where a step is; None: nobody wants to know.
     """
 
     def __init__(
-        self, model: ModelConfig, train: TrainConfig, layout: Layout, world: World, end_of_text: int | None = None
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        layout: Layout,
+        world: World,
+        end_of_text: int | None = None,
+        clock: StepClock | None = None,
     ) -> None:
         self.model = model
         self.layout = layout
         self.groups: Groups = build_groups(layout, world)
-        self.network = Network(model, train, self.groups, end_of_text)
+        self.clock = clock or StepClock(Heartbeat.open(-1))
+        self.network = Network(model, train, self.groups, self.clock, end_of_text)
 
     @torch.no_grad()
     def load_weights(self, source: StateSource) -> None:
@@ -130,8 +140,9 @@ class TrainEngine(InferenceEngine):
         layout: Layout,
         world: World,
         end_of_text: int | None = None,
+        clock: StepClock | None = None,
     ) -> None:
-        super().__init__(model, train, layout, world, end_of_text)
+        super().__init__(model, train, layout, world, end_of_text, clock)
         self.seed = train.seed
         self.zero = ZeroOptimizer(self.network, optimizer, parallel, train, world.local_rank)
         self._fragments: list[Fragment] | None = None  # of tensors that stay where they are; a save must not be slow

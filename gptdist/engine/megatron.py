@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from gptdist.checkpoint.logical import Piece
 from gptdist.config.sections import ModelConfig, TrainConfig
 from gptdist.engine import cpu
+from gptdist.engine.clock import StepClock
 from gptdist.engine.groups import Groups
 from gptdist.engine.placement import logical_name, padded_vocab_size, pieces_of, split_dimension
 from gptdist.layout import Layout
@@ -99,10 +100,18 @@ class LocalParameter:
 class Network:
     """This rank's part of the GPT: one or more chunks of layers, with embedding and output where they belong."""
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, groups: Groups, end_of_text: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        groups: Groups,
+        clock: StepClock,
+        end_of_text: int | None = None,
+    ) -> None:
         """`end_of_text`: the id that ends documents, where attention and positions are to stop; None: they do not."""
         self.model = model
         self.groups = groups
+        self.clock = clock
         self.end_of_text = end_of_text
         self.device = torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         self.dtype = DTYPES[train.precision]
@@ -156,8 +165,10 @@ class Network:
         self.chunks.train()
         (chunk,) = self.chunks
         for tokens, positions, lengths in self._batches(micro_batches, micro_batches.shape[2] - 1):
-            output = chunk(tokens[:, :-1], positions, lengths, labels=tokens[:, 1:].contiguous())
-            yield _training_loss(output)[0] / len(micro_batches)
+            with self.clock.forward():
+                output = chunk(tokens[:, :-1], positions, lengths, labels=tokens[:, 1:].contiguous())
+                mean = _training_loss(output)[0] / len(micro_batches)
+            yield mean
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Tensor, mask: Tensor) -> Tensor:
@@ -229,7 +240,8 @@ class Network:
             if loss is None:
                 output = chunk(tokens, positions, lengths, runtime_gather_output=True)
                 return output, lambda output, non_loss_data=True: output
-            output = chunk(tokens[:, :-1], positions, lengths, labels=tokens[:, 1:].contiguous())
+            with self.clock.forward():
+                output = chunk(tokens[:, :-1], positions, lengths, labels=tokens[:, 1:].contiguous())
             return output, loss
 
         chunks = list(self.chunks)

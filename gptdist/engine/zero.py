@@ -100,7 +100,10 @@ class ZeroOptimizer:
         result."""
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
+        clock = self.network.clock
+        clock.phase("forward and backward")
         loss = self._backward(micro_batches)
+        clock.phase("optimizer step")
         try:
             self.engine.step()
         except Exception as error:
@@ -121,6 +124,7 @@ class ZeroOptimizer:
             for flat in self._flat:
                 flat.clear()
             loss = self.network.forward_backward(micro_batches, self._scaled)
+            self.network.clock.phase("reducing gradients")
             self._sum_shared_gradients()
             for index, flat in enumerate(self._flat):
                 part = flat.reduce(scatter=not self.replicated)
@@ -129,6 +133,7 @@ class ZeroOptimizer:
         if self.flow is GradientFlow.COALESCED:
             with self.engine.coalesce_grad_reduction():
                 loss = self.network.forward_backward(micro_batches, self.engine.scale)
+                self.network.clock.phase("reducing gradients")  # DeepSpeed does, at the end of this block
                 self._sum_shared_gradients()
                 if getattr(self.engine.optimizer, "use_grad_accum_attribute", False):
                     for parameter in self.network.chunks.parameters():

@@ -6,7 +6,6 @@ alone wishes rides on the step's all-reduce.
 """
 
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +63,7 @@ class TrainLoop:
         run_dir: Path,
     ) -> None:
         self.engine = engine
+        self.clock = engine.clock
         self.loader = loader
         self.sections = sections
         self.actions = actions
@@ -98,7 +98,7 @@ class TrainLoop:
     def _step(self, signals: StopSignals) -> tuple[StepReport, str | None]:
         """One optimizer step; and the reason to stop after it, if there is one."""
         progress, train = self.progress, self.sections.train
-        started = time.perf_counter()
+        self.clock.begin_step()
         batch = self.loader.next()
         step = progress.step + 1
         rate = learning_rate(step, self.sections.optimizer, self.sections.schedule, train.steps)
@@ -109,11 +109,12 @@ class TrainLoop:
             settle_save=self.saver.poll(),
         )
         report = self.engine.train_step(batch.tokens, rate, step, wishes)
+        times = self.clock.end_step(step, batch.wait_seconds)
         progress.step = step
         progress.samples += batch.global_batch_size
         progress.loss = report.loss
         tokens = batch.global_batch_size * self.engine.model.sequence_length
-        self.throughput.update(tokens, time.perf_counter() - started, batch.wait_seconds)
+        self.throughput.update(tokens, times.seconds, times.data_wait)
         self._note(report, rate)
         if report.wished.stop:
             return report, self._stop_reason(signals)
@@ -157,12 +158,14 @@ class TrainLoop:
         if last or _due(step, self.sections.train.eval_interval):
             self._evaluate()
         if self.actions.sample and _due(step, self.sections.monitor.sample_interval):
+            self.clock.phase("sampling text")
             self.sinks.text(step, "sample", self.actions.sample())
         if report.wished.save or (interval != "auto" and _due(step, interval)):
             self._save()
 
     def _evaluate(self) -> None:
         if self.actions.evaluate:
+            self.clock.phase("evaluating")
             values = self.actions.evaluate(self.progress)
             self._evaluation = (self.progress.step, values.get("eval/loss"))
             self.sinks.log(self.progress.step, values)
@@ -173,6 +176,7 @@ class TrainLoop:
         step = self.progress.step
         if self._saved_step == step:
             return
+        self.clock.phase("saving")
         self.save_clock.began()
         loss = self._evaluation[1] if self._evaluation[0] == step else None
         self.saver.save(step, self.engine.fragments(), self.actions.state(self.progress, loss))
@@ -182,6 +186,7 @@ class TrainLoop:
 
     def _settle_save(self) -> None:
         """A save failed, and all ranks know: end the run, or say so and go on."""
+        self.clock.phase("saving")
         outcome = self.saver.settle()
         assert outcome.error is not None
         allowed = self.sections.checkpoint.max_failed_saves
@@ -197,6 +202,7 @@ class TrainLoop:
 
     def _finish_saving(self) -> None:
         """Nobody may say "saved" before the last save is over and good; that one has no next one to make up for it."""
+        self.clock.phase("saving")
         last = self.saver.wait()
         if last is not None and last.error is not None:
             raise last.error
