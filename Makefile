@@ -22,7 +22,7 @@ export CORPUS
 help:
 	@echo "make quickstart   install, and run the whole of it on this machine: text, tokens, training, resume, text"
 	@echo "make test         install, and run the tests"
-	@echo "make lint         install, and check style, types and the direction of imports"
+	@echo "make lint         install, and check style, types, scripts and the direction of imports"
 	@echo "make clean        remove what these made, but no run and no corpus"
 
 quickstart: $(VENV)/.installed
@@ -36,6 +36,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/shellcheck .ci/run slurm/*.sbatch tests/cluster/lab/*.sh
 
 clean:
 	rm -rf $(VENV) build dist gptdist.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -11,6 +11,7 @@ from typing import Any
 from launch.arguments_checkpoints import add_ckpt, add_drill
 from launch.arguments_data import add_data
 from launch.arguments_models import add_eval, add_export, add_generate, add_import, add_serve
+from launch.arguments_runs import add_logs, add_status, add_stop
 from launch.grammar import Parser, add_command, positive
 
 EPILOG = """exit codes: 0 done, 1 failed, 2 a mistake to mend, 75 stopped early and resumable, 93 do not requeue
@@ -34,6 +35,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="gptdist", description="Pretrain GPT models from raw text, on any layout.", epilog=EPILOG)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="first_word")
     _add_train(parser, commands)
+    add_status(parser, commands)
+    add_stop(parser, commands)
+    add_logs(parser, commands)
     add_data(parser, commands)
     add_generate(parser, commands)
     add_serve(parser, commands)

@@ -22,6 +22,9 @@ from launch.verdict import EXIT_INTERRUPTED
 
 HANDLERS = {
     "train": "launch.cli:train",
+    "status": "launch.status:main",
+    "stop": "launch.stop:main",
+    "logs": "launch.logs:main",
     "data build": "launch.data_build:main",
     "data verify": "launch.data:verify",
     "data show": "launch.data:show",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptdist.config.units import parse_bytes
+from gptdist.config.units import parse_bytes, parse_duration
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +84,11 @@ def top_p(text: str) -> float:
 def port(text: str) -> int:
     """Of TCP; 0 for a free one."""
     return int(_typed(int, text, lambda value: 0 <= value <= 65535, "must be a port, 0 to 65535"))
+
+
+def seconds(text: str) -> float:
+    """90s, 5m, 2h."""
+    return float(_typed(parse_duration, text, lambda value: value > 0, "must be a time such as 90s, 5m or 2h"))
 
 
 def corpus(text: str) -> Path | str:
