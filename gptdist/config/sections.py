@@ -219,6 +219,9 @@ class LaunchConfig(Section):
     run_dir: str = Field("runs/default", description="Folder of the run: checkpoints, logs, TensorBoard.")
     timeout: Duration = Field(600.0, description="A collective that waits longer fails the run.")
     port: NonNegativeInt = Field(0, description="Port of the rendezvous; 0: a free one.")
+    slow_factor: Annotated[float, Field(gt=1)] = Field(
+        2.0, description="A rank whose own part of a step takes so many times as long as its peers' is named as slow."
+    )
 
 
 class RunConfig(Section):
