@@ -14,10 +14,11 @@ import numpy as np
 from data_tools.tokenizing.answers import ReferenceAnswers, ids_digest
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
+from data_tools.tokenizing.safe_cuts import can_be_cut, cut_parts
 from gptdist.data.tokenizer import CorpusTokenizer, refuse_surrogates
 
 # gigatoken knows a pattern by its spelling. What tiktoken's encodings have -> the spelling of the same split it knows.
-_KNOWN_SPELLINGS = {
+KNOWN_SPELLINGS = {
     # r50k_base, p50k_base
     oniguruma_pattern(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"): (
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -66,8 +67,8 @@ class ReferenceEncoder:
 class FastEncoder:
     """gigatoken with the vocabulary of `tokenizer`. `parallel`: on all cores; not in one of several processes.
 
-    Texts with characters newer than Unicode 14 go to the tokenizer itself: whether these are letters the two libraries
-    may know differently. Memory grows with the distinct words seen, to some 150 MB for one in a process.
+    What of a text has characters newer than Unicode 14 goes to the tokenizer itself: whether these are letters the two
+    libraries may know differently. Memory grows with the distinct words seen, to some 150 MB for one in a process.
     """
 
     fast = True
@@ -78,6 +79,7 @@ class FastEncoder:
         self._tokenizer = tokenizer
         self._gigatoken = Tokenizer.from_json(_plain_json(tokenizer))
         self._parallel = parallel
+        self._can_be_cut = can_be_cut(json.loads(tokenizer.content), KNOWN_SPELLINGS)
 
     def encode_flat(self, texts: Sequence[str], documents: list[bytes] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `CorpusTokenizer.encode_flat`."""
@@ -90,8 +92,17 @@ class FastEncoder:
         if not apart:
             return self._encode(documents)
         chosen = set(apart)
-        together = self._encode([document for index, document in enumerate(documents) if index not in chosen])
-        return _merged(len(texts), apart, self._tokenizer.encode_flat([texts[index] for index in apart]), together)
+        parts: list[bytes] = []
+        ends = np.empty(len(documents), dtype=np.int64)  # of each document, in parts
+        for index, document in enumerate(documents):
+            parts += cut_parts(document) if self._can_be_cut and index in chosen else [document]
+            ends[index] = len(parts)
+        apart = texts_with_new_characters(parts)
+        chosen = set(apart)
+        together = self._encode([part for index, part in enumerate(parts) if index not in chosen])
+        alone = self._tokenizer.encode_flat([parts[index].decode() for index in apart])
+        ids, part_ends = _merged(len(parts), apart, alone, together)
+        return ids, part_ends[ends - 1]
 
     def _encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         # An awkward array: its buffers are taken as they are, without a Python object for each document.
@@ -154,8 +165,8 @@ def _plain_json(tokenizer: CorpusTokenizer) -> str:
     splits = fields.get("pre_tokenizer") or {}
     for split in splits.get("pretokenizers", [splits]):
         pattern = split.get("pattern")
-        if isinstance(pattern, dict) and pattern.get("Regex") in _KNOWN_SPELLINGS:
-            pattern["Regex"] = _KNOWN_SPELLINGS[pattern["Regex"]]
+        if isinstance(pattern, dict) and pattern.get("Regex") in KNOWN_SPELLINGS:
+            pattern["Regex"] = KNOWN_SPELLINGS[pattern["Regex"]]
     return json.dumps(fields, ensure_ascii=False)
 
 

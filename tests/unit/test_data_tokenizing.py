@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -23,10 +24,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 
 from data_tools.tokenizing import encoders
 from data_tools.tokenizing.answers import ReferenceAnswers
-from data_tools.tokenizing.encoders import FastEncoder, choose_encoder, reference_answers
+from data_tools.tokenizing.encoders import KNOWN_SPELLINGS, FastEncoder, choose_encoder, reference_answers
 from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
+from data_tools.tokenizing.safe_cuts import can_be_cut, cut_parts
 from data_tools.tokenizing.tiktoken_encoding import _tokenizer_json, check_same_ids, tokenizer_of_encoding
 from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
 from gptdist.data.tokenizer import BYTE_LETTERS, CorpusTokenizer
@@ -417,6 +419,50 @@ def test_both_libraries_agree_on_all_older_characters() -> None:
         assert rows(fast.encode_flat([newer, "z"])) == rows(tokenizer.encode_flat([newer, "z"]))
 
 
+@pytest.mark.parametrize("name", ["r50k", "gpt2", "cl100k", "trained"])
+def test_words_are_the_same_on_both_sides_of_a_cut(
+    small: dict[str, CorpusTokenizer], trained: CorpusTokenizer, name: str
+) -> None:
+    """Around every cut, all surroundings of up to four characters of each kind."""
+    fields = json.loads((trained if name == "trained" else small[name]).content)
+    assert can_be_cut(fields, KNOWN_SPELLINGS)
+    split = Tokenizer.from_str(json.dumps(fields)).pre_tokenizer.pre_tokenize_str
+    kinds = ["a", "T", "1", "!", "'", " ", "\n", "\r", "\u00e9", "\u0301", "\U0001e6c0"]
+    lefts = ["".join(some) for some in itertools.product(kinds, repeat=3)]
+    cuts = 0
+    for left, right in itertools.product(lefts, ("a", "s ", "T!", "re", "a\n", "d1")):
+        text = left + "\n" + right
+        parts = [part.decode() for part in cut_parts(text.encode())]
+        assert "".join(parts) == text
+        if len(parts) > 1:
+            cuts += 1
+            assert [piece for piece, _ in split(text)] == [piece for part in parts for piece, _ in split(part)], text
+    assert cuts > 2000
+
+
+def test_only_what_splits_in_a_known_way_is_cut(small: dict[str, CorpusTokenizer], trained: CorpusTokenizer) -> None:
+    assert not can_be_cut(json.loads(small["o200k"].content), KNOWN_SPELLINGS)
+    fields = json.loads(trained.content)
+    added = {**fields["added_tokens"][0], "content": "!\na", "special": False}
+    for change in (
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {**fields["pre_tokenizer"], "add_prefix_space": True}},
+        {"pre_tokenizer": {**fields["pre_tokenizer"], "use_regex": False}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        {"added_tokens": [*fields["added_tokens"], added]},
+    ):
+        assert not can_be_cut(fields | change, KNOWN_SPELLINGS)
+
+
+@given(texts=st.lists(TEXTS.map(lambda text: text + "!\nso \ua7cf\nto"), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_texts_of_which_a_part_is_new_have_the_ids_of_the_tokenizer(trained: CorpusTokenizer, texts: list[str]) -> None:
+    given_texts = [texts[0].replace("\ua7cf", "e"), *texts, "", "a"]
+    assert rows(FastEncoder(trained).encode_flat(given_texts)) == rows(trained.encode_flat(given_texts))
+
+
 # Encodings of tiktoken
 
 
@@ -605,7 +651,7 @@ def test_words_of_a_vocabulary_are_evenly_chosen() -> None:
 
 
 def test_known_spellings_are_of_the_same_split() -> None:
-    for ours, known in encoders._KNOWN_SPELLINGS.items():
+    for ours, known in encoders.KNOWN_SPELLINGS.items():
         one, other = (pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (ours, oniguruma_pattern(known)))
         for text in hard_texts():
             assert one.pre_tokenize_str(text) == other.pre_tokenize_str(text)
