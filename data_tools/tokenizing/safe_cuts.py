@@ -1,0 +1,37 @@
+"""Where a text may be cut so that the ids of its parts, one after the other, are the ids of the whole.
+
+Knows how tokenizers split text before they merge bytes; runs none. Tokenizers that it does not know are never cut.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+# A line end after one visible character of ASCII and before a letter. Every pattern of the GPT family ends a token
+# after it: only a space can begin a word, and a run of white space is split by what follows it only where it is longer.
+_CUT = re.compile(rb"(?<=[!-~]\n)(?=[A-Za-z])")
+
+
+def can_be_cut(fields: dict[str, Any], patterns: Collection[str]) -> bool:
+    """Whether the tokenizer with this JSON splits as GPT-2's does, or by one of `patterns`, and does nothing else."""
+    if fields.get("normalizer") or any(not token.get("special") for token in fields.get("added_tokens") or []):
+        return False
+    splits = fields.get("pre_tokenizer") or {}
+    steps = splits.get("pretokenizers") if splits.get("type") == "Sequence" else [splits]
+    *before, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return False
+    if not before:
+        return bool(last.get("use_regex", True))
+    return not last.get("use_regex", True) and len(before) == 1 and _is_split(before[0], patterns)
+
+
+def cut_parts(document: bytes) -> list[bytes]:
+    """The parts of a text in UTF-8; one where there is no place to cut."""
+    return _CUT.split(document)
+
+
+def _is_split(step: dict[str, Any], patterns: Collection[str]) -> bool:
+    pattern = step.get("pattern")
+    known = isinstance(pattern, dict) and pattern.get("Regex") in patterns
+    return known and step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert")
