@@ -56,6 +56,14 @@ class LaunchError(UserError):
     """Ranks could not be started or find each other: a port in use, a launcher's environment that does not fit."""
 
 
+class SlurmRefused(UserError):
+    """Slurm does not take a job as it was asked for."""
+
+
+class SlurmUnavailable(GptdistError):
+    """Slurm is not here, or its controller does not answer."""
+
+
 class StorageError(UserError):
     """A disk is full or a folder cannot be written."""
 

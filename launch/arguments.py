@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments_checkpoints import add_ckpt, add_drill
+from launch.arguments_cluster import add_after_allocation, add_submit
 from launch.arguments_data import add_data
 from launch.arguments_models import add_eval, add_export, add_generate, add_import, add_serve
 from launch.arguments_runs import add_logs, add_status, add_stop
@@ -21,7 +22,7 @@ Under torchrun, srun or mpirun, `gptdist train` is one rank. GPTDIST_DEBUG=1 sho
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; `command` says which it is. Exits 2 with one error where it cannot be read."""
     parsed, rest = build_parser().parse_known_args(argv)
-    if parsed.command in ("train", "data order"):
+    if parsed.command in ("train", "submit", "data order"):
         # argparse gives up on positional arguments once options follow them.
         parsed.overrides = [*parsed.overrides, *(word for word in rest if not word.startswith("-"))]
         rest = [word for word in rest if word.startswith("-")]
@@ -35,6 +36,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="gptdist", description="Pretrain GPT models from raw text, on any layout.", epilog=EPILOG)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="first_word")
     _add_train(parser, commands)
+    add_submit(parser, commands)
     add_status(parser, commands)
     add_stop(parser, commands)
     add_logs(parser, commands)
@@ -46,6 +48,7 @@ def build_parser() -> Parser:
     add_import(parser, commands)
     add_ckpt(parser, commands)
     add_drill(parser, commands)
+    add_after_allocation(parser, commands)
     add_command(parser, commands, "doctor", "what this machine has, and what that means for training")
     return parser
 

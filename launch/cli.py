@@ -22,6 +22,8 @@ from launch.verdict import EXIT_INTERRUPTED
 
 HANDLERS = {
     "train": "launch.cli:train",
+    "submit": "launch.submit:main",
+    "after-allocation": "launch.after_allocation:main",
     "status": "launch.status:main",
     "stop": "launch.stop:main",
     "logs": "launch.logs:main",

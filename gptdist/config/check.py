@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gptdist.config.problems import DEFAULT, Problem, raise_problems
+from gptdist.config.problems import Problem, places_of, raise_problems
 from gptdist.config.sections import BlendPart, CheckpointConfig, DataConfig, RunConfig, ScheduleConfig, TrainConfig
 from gptdist.config.weights import LARGEST_PERIOD, rounded_weights, whole_weights
 from gptdist.layout import Layout
@@ -30,7 +30,7 @@ Rule = Callable[[RunConfig, int], Iterator[Broken]]
 def check_run(config: RunConfig, world_size: int, origins: Mapping[str, str] | None = None) -> Layout:
     """The layout of `config` on `world_size` ranks. Raises ConfigError listing every broken rule with its origins."""
     problems = [
-        Problem(broken.text, _places(broken.keys, origins or {}))
+        Problem(broken.text, places_of(broken.keys, origins or {}))
         for rule in RULES
         for broken in rule(config, world_size)
     ]
@@ -440,12 +440,6 @@ def _blends(data: DataConfig) -> Iterator[tuple[str, tuple[BlendPart, ...]]]:
         yield "data.blend", data.blend
     for number, phase in enumerate(data.phases):
         yield f"data.phases[{number}].blend", phase.blend
-
-
-def _places(keys: tuple[str, ...], origins: Mapping[str, str]) -> str:
-    """Where the settings were written, those of a file or the command line only; defaults are nobody's line."""
-    written = [origins.get(key, DEFAULT) for key in keys]
-    return ", ".join(dict.fromkeys(place for place in written if place != DEFAULT)) or DEFAULT
 
 
 def _nearest(value: int, unit: int) -> str:

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a run -> problems a person can act on: value, rule, place, what to change.
+"""What pydantic found wrong with a config -> problems a person can act on: value, rule, place, what to change.
 
 Knows the sections and where each value was written; reads no file.
 """
@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from gptdist.config.marked import Marked, render_scalar
 from gptdist.config.problems import Problem
-from gptdist.config.schema import KeyPath, field_at, nested_section, section_at, shown_path, suggest_key
+from gptdist.config.schema import KeyPath, Schema, nested_section, shown_path
 from gptdist.config.sections import Section
 
 _COMPARISONS = {
@@ -33,21 +33,21 @@ _TYPES = {
 }
 
 
-def explain(error: ValidationError, tree: Marked, *, skip_missing: bool) -> Iterator[Problem]:
+def explain(error: ValidationError, tree: Marked, schema: Schema, *, skip_missing: bool) -> Iterator[Problem]:
     """One problem per mistake. `skip_missing`: a file could not be read, so what is absent may stand there."""
     for details in error.errors():
         path = tuple(str(part) for part in details["loc"])
         if details["type"] == "missing":
             if not skip_missing:
-                yield from _explain_missing(path, tree)
+                yield from _explain_missing(path, tree, schema)
         else:
-            yield Problem(_explain_value(path, details), tree.origin_of(path))
+            yield Problem(_explain_value(path, details, schema), tree.origin_of(path))
 
 
-def _explain_missing(path: KeyPath, tree: Marked) -> Iterator[Problem]:
-    section = section_at(path)
+def _explain_missing(path: KeyPath, tree: Marked, schema: Schema) -> Iterator[Problem]:
+    section = schema.section_at(path)
     for required in _required_settings(section, path) if section else [path]:
-        field = field_at(required)
+        field = schema.field_at(required)
         meaning = f" ({field.description.rstrip('.')})" if field and field.description else ""
         name = shown_path(required)
         give = "" if "[" in name else f", or give {name}=VALUE"
@@ -75,46 +75,46 @@ def _required_settings(section: type[Section], path: KeyPath) -> Iterator[KeyPat
             yield (*path, key)
 
 
-def _explain_value(path: KeyPath, details: ErrorDetails) -> str:
+def _explain_value(path: KeyPath, details: ErrorDetails, schema: Schema) -> str:
     name, kind, value = shown_path(path), details["type"], details["input"]
     if kind == "extra_forbidden":
-        return f"{name} is not a setting. {suggest_key(path)}"
+        return f"{name} is not a setting. {schema.suggest_key(path)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        section = section_at(path)
+        section = schema.section_at(path)
         keys = ", ".join(section.model_fields) if section else ""
         return (
             f"{name} is a section and was given {_shown(value)}. Put its keys on lines of their own under it: {keys}."
         )
-    return f"{name} is {_shown(value)}; it must be {_rule(path, details)}.{_remedy(path, kind, value)}"
+    return f"{name} is {_shown(value)}; it must be {_rule(path, details, schema)}.{_remedy(path, kind, value, schema)}"
 
 
-def _rule(path: KeyPath, details: ErrorDetails) -> str:
+def _rule(path: KeyPath, details: ErrorDetails, schema: Schema) -> str:
     kind, context = details["type"], details.get("ctx", {})
     if kind in _COMPARISONS:
         bound, words = _COMPARISONS[kind]
         return f"{words} {context[bound]}"
     if kind == "literal_error":
-        return "one of " + ", ".join(_choices(path))
+        return "one of " + ", ".join(_choices(path, schema))
     if kind == "value_error":  # raised by a validator of ours: "must be ..."
         return str(context["error"]).removeprefix("must be ")
     return _TYPES.get(kind, details["msg"].removeprefix("Input should be "))
 
 
-def _remedy(path: KeyPath, kind: str, value: Any) -> str:
+def _remedy(path: KeyPath, kind: str, value: Any, schema: Schema) -> str:
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if kind == "literal_error" and isinstance(value, str):
-        near = difflib.get_close_matches(value.lower(), _choices(path), n=1)
+        near = difflib.get_close_matches(value.lower(), _choices(path, schema), n=1)
         if near:
             return f" Did you mean {near[0]}?"
-    field = field_at(path)
+    field = schema.field_at(path)
     if field is None or field.default in (None, (), PydanticUndefined):
         return ""
     return f" The default is {render_scalar(field.default)}."
 
 
-def _choices(path: KeyPath) -> list[str]:
-    field = field_at(path)
+def _choices(path: KeyPath, schema: Schema) -> list[str]:
+    field = schema.field_at(path)
     return [str(choice) for choice in get_args(field.annotation)] if field else []
 
 

@@ -1,11 +1,9 @@
 """A run's YAML, the files it builds on and the command line's overrides -> one checked, frozen RunConfig.
 
 Knows where every value came from, and reports everything that is wrong at once. Rules that join settings are in
-`check.py`; YAML itself is in `marked.py`.
+`check.py`; how files are laid over each other is in `layers.py`.
 """
 
-import difflib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptdist.config.explain import explain, explain_no_corpus
-from gptdist.config.marked import Marked, merge, read_yaml, render_scalar
-from gptdist.config.problems import COMMAND_LINE, DEFAULT, Problem, raise_problems
-from gptdist.config.schema import KeyPath, field_at, item_section, section_at, shown_path, suggest_key
-from gptdist.config.sections import RunConfig
-
-BASE_KEY = "base"
-LARGEST_CONFIG_BYTES = 2**20
+from gptdist.config.layers import read_layers
+from gptdist.config.marked import Marked, render_scalar
+from gptdist.config.problems import DEFAULT, Problem, raise_problems
+from gptdist.config.schema import RUN, KeyPath, shown_path
+from gptdist.config.sections import RunConfig, Section
 
 
 @dataclass(frozen=True)
@@ -33,22 +29,24 @@ class LoadedRun:
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> LoadedRun:
     """Read `path`, its `base:` files and `section.key=value` overrides. Raises ConfigError listing all mistakes."""
-    path = Path(path)
     problems: list[Problem] = []
-    tree, complete = _read_with_bases(path, str(path), (), problems)
-    for override in overrides:
-        tree = _apply_override(tree, override, problems)
+    tree, complete = read_layers(path, overrides, RUN, problems)
     try:
         config = RunConfig.model_validate(tree.plain(), strict=True)
     except ValidationError as error:
-        problems.extend(explain(error, tree, skip_missing=not complete))
+        problems.extend(explain(error, tree, RUN, skip_missing=not complete))
     if complete:
         problems.extend(explain_no_corpus(tree))
     raise_problems(problems, str(path))
-    return LoadedRun(config, dict(_origins(resolved_dict(config), tree, ())))
+    return LoadedRun(config, origins_of(config, tree))
 
 
-def resolved_dict(config: RunConfig) -> dict[str, Any]:
+def origins_of(config: Section, tree: Marked) -> dict[str, str]:
+    """For each setting of `config`, where `tree` says that it was written."""
+    return dict(_origins(resolved_dict(config), tree, ()))
+
+
+def resolved_dict(config: Section) -> dict[str, Any]:
     """Every setting as JSON-able values; durations in seconds. `RunConfig.model_validate` takes it back."""
     resolved: dict[str, Any] = config.model_dump(mode="json")
     return resolved
@@ -56,146 +54,14 @@ def resolved_dict(config: RunConfig) -> dict[str, Any]:
 
 def render_config(loaded: LoadedRun) -> str:
     """Every setting with its origin as a comment; as YAML it loads to the same config."""
-    lines = list(_render_lines(resolved_dict(loaded.config), loaded.origins, ()))
+    return render_sections(loaded.config, loaded.origins)
+
+
+def render_sections(config: Section, origins: dict[str, str]) -> str:
+    """The same of any sections with their origins."""
+    lines = list(_render_lines(resolved_dict(config), origins, ()))
     width = min(60, max(len(text) for text, _ in lines))
     return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
-
-
-def _read_with_bases(
-    path: Path, written_at: str, above: tuple[str, ...], problems: list[Problem]
-) -> tuple[Marked, bool]:
-    """The tree of `path` laid over its bases', and whether all of them could be read."""
-    shown = os.path.normpath(path)
-    own = _read_file(path, shown, written_at, problems)
-    if own is None:
-        return Marked({}, shown), False
-    chain = (*above, os.path.realpath(path))
-    settings = dict(own.value)
-    merged, complete = Marked({}, shown), True
-    for base, origin in _bases(settings.pop(BASE_KEY, None), problems):
-        base_path = path.parent / base
-        if os.path.realpath(base_path) in chain:
-            names = " -> ".join(os.path.basename(link) for link in (*chain, base))
-            problems.append(Problem(f"base: {base} goes round in a circle: {names}. Remove one of them.", origin))
-            complete = False
-            continue
-        tree, read = _read_with_bases(base_path, origin, chain, problems)
-        merged, complete = merge(merged, tree), complete and read
-    return merge(merged, Marked(settings, shown)), complete
-
-
-def _read_file(path: Path, shown: str, written_at: str, problems: list[Problem]) -> Marked | None:
-    """The mapping in one file, or None with a problem added."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_CONFIG_BYTES + 1)
-        if len(raw) > LARGEST_CONFIG_BYTES:
-            raise ValueError(f"it is over {LARGEST_CONFIG_BYTES} bytes, and a run config is a page of YAML")
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        problems.append(Problem(f"{shown} is not UTF-8 text (byte {error.start}). A run config is YAML.", written_at))
-        return None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        problems.append(Problem(f"{shown} cannot be read: {reason}. {_nearby(path)}", written_at))
-        return None
-    tree = read_yaml(text, lambda line: f"{shown}:{line}", problems)
-    if tree is None or tree.value is None:
-        return None if tree is None else Marked({}, shown)
-    if not isinstance(tree.value, dict):
-        problems.append(Problem("A run config is a mapping of sections (model:, data:, ...), not this.", tree.origin))
-        return None
-    children = {
-        # `optimizer:` with nothing under it is an empty section, not a null.
-        key: Marked({}, child.origin) if child.value is None and section_at((key,)) else child
-        for key, child in tree.value.items()
-    }
-    return Marked(children, shown)
-
-
-def _bases(base: Marked | None, problems: list[Problem]) -> Iterator[tuple[str, str]]:
-    if base is None or base.value is None:
-        return
-    names = base.plain() if isinstance(base.value, tuple) else [base.value]
-    for name in names:
-        if isinstance(name, str) and name and "\0" not in name:
-            yield name, base.origin
-        else:
-            text = "base must be a file, or a list of files, relative to this one: `base: ../models/gpt2_124m.yaml`."
-            problems.append(Problem(text, base.origin))
-
-
-def _nearby(path: Path) -> str:
-    """A sentence with the YAML files near a path that could not be read, the likeliest first."""
-    folder = path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        return f"There is no folder {folder}."
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
-    except OSError:
-        names = []
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    listed = close + [name for name in names if name not in close]
-    if not listed:
-        return f"There are no YAML files in {folder}."
-    return f"In {folder} there are: {', '.join(listed[:10])}{', ...' if len(listed) > 10 else ''}."
-
-
-def _apply_override(tree: Marked, override: str, problems: list[Problem]) -> Marked:
-    """`tree` with one `section.key=value` laid over it; where that cannot be, as it was, with a problem added."""
-    name, equals, text = override.partition("=")
-    path = tuple(name.split("."))
-    if not equals or not all(path):
-        problems.append(
-            Problem(f"{override!r} is no override. Write section.key=value: train.steps=100.", COMMAND_LINE)
-        )
-        return tree
-    number = next((index for index, key in enumerate(path) if key.isdecimal()), 0)
-    if number and (field := field_at(path[:number])) and item_section(field.annotation):
-        text = f"{name} is inside a list, which is given whole: {shown_path(path[:number])}=[{{...}}, {{...}}]."
-        problems.append(Problem(text, COMMAND_LINE))
-        return tree
-    if field_at(path) is None:
-        problems.append(Problem(f"{name} is not a setting. {_suggest_override(path)}", COMMAND_LINE))
-        return tree
-    found: list[Problem] = []
-    value = read_yaml(text, lambda line: COMMAND_LINE, found)
-    if value is None or found or isinstance(value.value, dict):
-        hint = f"{name}={text} has a value that does not read as one setting."
-        if section_at(path):
-            hint = _set_keys(name, path)
-        else:
-            hint += f" For text, quote it twice: '{name}=\"...\"'."
-        problems.append(Problem(hint, COMMAND_LINE))
-        return tree
-    if section_at(path) and not (value.value is None and len(path) > 1):
-        problems.append(Problem(_set_keys(name, path), COMMAND_LINE))
-        return tree
-    return _set(tree, path, value)
-
-
-def _suggest_override(path: KeyPath) -> str:
-    known = next(length for length in range(len(path) - 1, -1, -1) if section_at(path[:length]))
-    if field_at(path[: known + 1]):
-        return f"{'.'.join(path[: known + 1])} is one value: write {'.'.join(path[: known + 1])}=VALUE."
-    return suggest_key(path[: known + 1])
-
-
-def _set_keys(name: str, path: KeyPath) -> str:
-    section = section_at(path)
-    keys = list(section.model_fields) if section else []
-    return f"{name} is a section; set its keys one by one: {name}.{keys[0]}=VALUE. Its keys: {', '.join(keys)}."
-
-
-def _set(tree: Marked, path: KeyPath, value: Marked) -> Marked:
-    """`tree` with `value` at `path`; a section on the way that was null or absent becomes one."""
-    if not path:
-        return value
-    if tree.value is not None and not isinstance(tree.value, dict):
-        return tree  # a section that a file gives a plain value: its own mistake, reported with its own line
-    children = dict(tree.value or {})
-    children[path[0]] = _set(children.get(path[0], Marked({}, COMMAND_LINE)), path[1:], value)
-    return Marked(children, tree.origin)
 
 
 def _origins(resolved: dict[str, Any], tree: Marked, above: KeyPath) -> Iterator[tuple[str, str]]:
@@ -214,7 +80,7 @@ def _render_lines(resolved: dict[str, Any], origins: dict[str, str], above: KeyP
     for key, value in resolved.items():
         path = (*above, key)
         if isinstance(value, dict):
-            yield f"{indent}{key}:", ""
+            yield f"{indent}{key}:{'' if value else ' {}'}", ""
             yield from _render_lines(value, origins, path)
         elif _is_list_of_sections(value):
             yield f"{indent}{key}:", ""

@@ -3,7 +3,7 @@
 Knows nothing of YAML or of any section.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptdist.errors import ConfigError
@@ -31,3 +31,9 @@ def raise_problems(problems: Sequence[Problem], subject: str) -> None:
     if distinct:
         listed = "\n".join(f"  - {problem}" for problem in distinct)
         raise ConfigError(f"{len(distinct)} problems in {subject}:\n{listed}")
+
+
+def places_of(keys: Sequence[str], origins: Mapping[str, str]) -> str:
+    """Where settings were written, those of a file or the command line only; defaults are nobody's line."""
+    written = [origins.get(key, DEFAULT) for key in keys]
+    return ", ".join(dict.fromkeys(place for place in written if place != DEFAULT)) or DEFAULT

@@ -1,0 +1,1 @@
+"""What Slurm itself sees: batch scripts, and the template of a run's."""
