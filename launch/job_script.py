@@ -16,7 +16,9 @@ from launch.slurm import render_time
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "slurm" / "job.sbatch"
 JOB_CONFIG = "job.yaml"
-LOG_NAME = "job-%j.out"
+LOG = "%j.log"
+RANK_LOG = "%j.${SLURM_RESTART_COUNT:-0}-rank-%t.log"
+"""As `gptdist logs` finds them."""
 TASK_GRACE_SECONDS = 60
 """After the first task has ended, how long srun leaves the others before it kills them."""
 
@@ -53,7 +55,7 @@ def render_job_script(cluster: ClusterConfig, job: Job) -> str:
 
 def _options(cluster: ClusterConfig, job: Job) -> Iterator[str]:
     yield f"job-name={job.name}"
-    yield f"output={_quote_option(str(job.run_dir / 'logs').replace('%', '%%') + '/' + LOG_NAME)}"
+    yield f"output={_quote_option(str(job.run_dir / 'logs' / LOG))}"
     yield "open-mode=append"
     for name in ("partition", "account", "qos", "constraint"):
         value = getattr(cluster, name)
@@ -99,6 +101,7 @@ def _srun(cluster: ClusterConfig, job: Job, python: str) -> Iterator[str]:
     yield (f"--cpus-per-task={cluster.cpus_per_rank} " if cluster.cpus_per_rank else "") + (
         f"--mpi={cluster.mpi} --kill-on-bad-exit=0 --wait={TASK_GRACE_SECONDS}"
     )
+    yield f'--open-mode=append --output="$run/logs/{RANK_LOG}"'
     yield from _container(cluster, job)
     interpreter = cluster.container.python if cluster.container else python
     yield f'{shlex.quote(interpreter)} "$run/code" train "$run/{JOB_CONFIG}"'
@@ -152,10 +155,10 @@ def check_paths(paths: Sequence[Path], in_container: bool) -> Iterator[str]:
     """What in the paths of a job a batch script, or a container, cannot hold."""
     for path in paths:
         text = str(path)
-        if not text.isprintable() or "\\" in text:
+        if not text.isprintable() or re.search(r"[\\%]", text):
             yield (
-                f"the folder {text!r} has a line break, a backslash or an invisible character in its path, which the "
-                "lines of a batch script cannot hold. Use another folder: --run-dir."
+                f"the folder {text!r} has a line break, an invisible character, a backslash or a percent sign in its "
+                "path; Slurm gives them another meaning in names of logs. Use another folder: --run-dir."
             )
         elif in_container and re.search("[:,]", text):
             yield (

@@ -13,13 +13,13 @@ from launch.slurm import Partition, render_time
 
 REASONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("invalid partition", ("partition",), "Use a partition that `sinfo` lists."),
-    ("invalid account", ("account", "partition"), "`sacctmgr show associations user=$USER` lists the accounts."),
-    ("invalid qos", ("qos", "account"), "`sacctmgr show associations user=$USER format=account,qos` lists them."),
-    ("time limit", ("time_limit", "partition", "qos"), "Ask for less; `sinfo` shows each partition's limit."),
+    ("invalid account", ("account", "partition"), "`sacctmgr show associations user=$USER` lists them."),
+    ("invalid qos", ("qos", "account"), "`sacctmgr show associations user=$USER` lists them."),
+    ("time limit is invalid", ("time_limit", "partition", "qos"), "Ask for less; `sinfo` shows each partition's limit."),
     ("generic resource", ("gpus_per_node", "gpu_type"), "`sinfo --format='%P %D %G'` lists the GPUs of nodes."),
     ("invalid feature", ("constraint",), "`sinfo --format='%P %D %f'` lists the features of nodes."),
     ("node count specification", ("nodes", "partition"), "Ask for fewer nodes, or another partition."),
-    ("requested node configuration", ("nodes", "gpus_per_node", "cpus_per_rank", "memory", "constraint"), "Use less."),
+    ("requested node configuration", ("nodes", "gpus_per_node", "cpus_per_rank", "memory"), "Ask for less."),
     ("more processors", ("nodes", "cpus_per_rank", "partition"), "Ask for fewer nodes or cores."),
     ("cpu count", ("cpus_per_rank", "ranks_per_node"), "Ask for fewer cores for each rank."),
     ("memory", ("memory",), "Ask for less, or for `all` of a node."),
@@ -35,10 +35,11 @@ def explain_refusal(said: str, cluster: ClusterConfig, origins: Mapping[str, str
     """One error of what Slurm said, with the settings that it is likely about, their values and places."""
     for words, names, remedy in REASONS:
         if words in said.lower():
-            keys = [f"cluster.{name}" for name in names if getattr(cluster, name)]
-            shown = ", ".join(f"{key} ({_value(cluster, key)})" for key in keys)
-            about = f" This is about {shown}." if shown else f" This is about cluster.{names[0]}, which is not set."
-            return SlurmRefused(f"Slurm refuses the job: {said}.{about} {remedy}  [{places_of(keys, origins)}]")
+            keys = [f"cluster.{name}" for name in names if name == names[0] or getattr(cluster, name)]
+            about = ", ".join(f"{key} ({_value(cluster, key)})" for key in keys)
+            return SlurmRefused(
+                f"Slurm refuses the job: {said}. This is about {about}. {remedy}  [{places_of(keys, origins)}]"
+            )
     return SlurmRefused(f"Slurm refuses the job: {said}. The job's script shows all that was asked for: see --dry-run.")
 
 
@@ -128,6 +129,10 @@ def _bytes(cluster: ClusterConfig) -> int:
 
 def _value(cluster: ClusterConfig, key: str) -> str:
     value = getattr(cluster, key.removeprefix("cluster."))
+    if not value:
+        return "not set"
     if key == "cluster.time_limit":
         return render_time(value)
+    if key == "cluster.memory" and value != WHOLE_NODE:
+        return f"{value / 2**30:.4g} GiB"
     return ", ".join(value) if isinstance(value, tuple) else str(value)

@@ -1,11 +1,12 @@
 """Slurm's own commands, called with a time limit and answered with one clear error where they refuse or do not answer.
 
-Knows what its commands print. Must not know what a run or a cluster's file is.
+Knows sinfo, sbatch and scontrol; the queue is `slurm_queue.py`'s. Must not know what a run or a cluster's file is.
 """
 
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from gptdist.errors import SlurmRefused, SlurmUnavailable
 ANSWER_SECONDS = 20.0
 """A query that takes longer is given up: Slurm's own clients try for a minute and more."""
 SUBMIT_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0
+POLL_SECONDS = 0.5
 
 _STALE = re.compile(
     r"SLURM_(?!CONF$|CLUSTERS$).*|OMPI_.*|PMIX?_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE"
@@ -45,20 +48,11 @@ class Partition:
     gpus: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job that is not over: its id, Slurm's state and, while it waits, why."""
-
-    job_id: str
-    state: str
-    reason: str
-
-
 def ask(
-    command: Sequence[str], *, seconds: float = ANSWER_SECONDS, text: str | None = None
+    command: Sequence[str], *, seconds: float | None = None, text: str | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """What a command of Slurm's answers, whatever its exit code. Raises SlurmUnavailable where it cannot be asked."""
-    program = command[0]
+    program, seconds = command[0], seconds or ANSWER_SECONDS
     try:
         answer = subprocess.run(
             command, input=text or "", capture_output=True, text=True, errors="replace", timeout=seconds,
@@ -84,8 +78,11 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def said(stderr: str) -> str:
-    """What a command complained of, on one line without its own name."""
-    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line.strip()) for line in stderr.splitlines()]
+    """What a command complained of, on one line, without its own name and without a full stop."""
+    lines = [
+        re.sub(r"^\w+: (error: |fatal: )?(Batch job submission failed: )?", "", line.strip()).rstrip(".")
+        for line in stderr.splitlines()
+    ]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "nothing"
 
 
@@ -95,15 +92,6 @@ def find_partitions() -> list[Partition]:
     if answer.returncode:
         raise SlurmUnavailable(_silent("sinfo", f"says: {said(answer.stderr)}"))
     return [partition for line in answer.stdout.splitlines() if (partition := _parse_partition(line)) is not None]
-
-
-def find_jobs(script: Path) -> list[QueuedJob]:
-    """The user's jobs of this batch script that wait or run, oldest first. Raises SlurmUnavailable."""
-    answer = ask(["squeue", "--noheader", "--me", "--sort=i", "--format=%i|%T|%r|%o"])
-    if answer.returncode:
-        raise SlurmUnavailable(_silent("squeue", f"says: {said(answer.stderr)}"))
-    rows = [line.split("|", 3) for line in answer.stdout.splitlines() if line.count("|") >= 3]
-    return [QueuedJob(row[0], row[1], row[2]) for row in rows if row[3].strip() == str(script)]
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:
@@ -123,10 +111,33 @@ def test_only(script: str) -> str:
     return said(answer.stderr or answer.stdout)
 
 
-def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs that wait or run. One that has ended is no error. Raises SlurmUnavailable."""
-    if job_ids:
-        ask(["scancel", *job_ids])
+def requeue(job_id: str) -> None:
+    """Have a running job start again later. Raises SlurmRefused, or SlurmUnavailable."""
+    answer = ask(["scontrol", "requeue", job_id])
+    if answer.returncode:
+        raise SlurmRefused(
+            f"Slurm does not requeue job {job_id}: {said(answer.stderr)}. Where that is forbidden, submit with --chain."
+        )
+
+
+def exclude_nodes(job_id: str, hosts: Sequence[str]) -> None:
+    """Have a waiting job do without these nodes, besides those that it already does without.
+
+    Just after a requeue the job is still ending and cannot be changed: it is tried for some seconds. Raises like
+    `requeue`.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        shown = ask(["scontrol", "show", "job", "--oneliner", job_id]).stdout
+        before = re.search(r"\bExcNodeList=(\S+)", shown)
+        names = [before.group(1)] if before and before.group(1) != "(null)" else []
+        names += [host.partition(".")[0] for host in hosts]
+        answer = ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(dict.fromkeys(names))}"])
+        if not answer.returncode:
+            return
+        if time.monotonic() > deadline:
+            raise SlurmRefused(said(answer.stderr))
+        time.sleep(POLL_SECONDS)
 
 
 def parse_time(text: str) -> float | None:

@@ -21,7 +21,8 @@ from launch.cluster import LoadedCluster, load_cluster
 from launch.job_script import JOB_CONFIG, Job, check_paths, job_name, render_job_script
 from launch.refusals import explain_refusal, misfits
 from launch.run_folder import SCRIPT, new_job_folder
-from launch.slurm import cancel, find_jobs, find_partitions, render_time, submit, test_only
+from launch.slurm import find_partitions, render_time, submit, test_only
+from launch.slurm_queue import cancel, read_queue
 
 CLUSTER_PREFIX = "cluster."
 
@@ -85,9 +86,9 @@ def check_with_slurm(submission: Submission) -> None:
     """Raises ConfigError for what no partition gives, and LaunchError where the run has a job already."""
     cluster = submission.cluster
     raise_problems(misfits(cluster.config, find_partitions(), cluster.origins), "what is asked of the cluster")
-    jobs = find_jobs(submission.script)
+    jobs = [job for job in read_queue() or () if job.is_of(submission.job.run_dir)]
     if jobs:
-        listed = ", ".join(f"{job.job_id} ({job.state})" for job in jobs)
+        listed = ", ".join(f"{job.id} ({job.state})" for job in jobs)
         raise LaunchError(
             f"the run in {submission.job.run_dir} has a job already: {listed}. End it first (`gptdist stop` saves; "
             "`scancel` does not), or name another folder with --run-dir."

@@ -17,7 +17,7 @@ from tests.unit.fake_slurm import FakeSlurm
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
-HOSTILE = "a b'\"$(touch PWNED)`touch PWNED`;touch PWNED&|<>*?[!]{~}#%j é"
+HOSTILE = "a b'\"$(touch PWNED)`touch PWNED`;touch PWNED&|<>*?[!]{~}# é"
 RECORD_ARGUMENTS = """#!/bin/bash
 printf '%s\\0' "$@" "${SETTING-}" "${TMPDIR-}" "${A_SECRET-}" > "$RECORDS/$2"
 exit "${PYTHON_ENDS:-0}"
@@ -97,13 +97,13 @@ def test_hostile_names_reach_python_as_they_are(bench: Bench) -> None:
     code, output = bench.run(cluster)
     assert (code, output) == (0, "")
     run = str(bench.run_dir)
-    scratch = f"/scratch {HOSTILE}/me/7".replace("%j", "7", 1)
-    values = [HOSTILE, scratch, "$(touch PWNED) x"]
+    values = [HOSTILE, f"/scratch {HOSTILE}/me/7", "$(touch PWNED) x"]
     assert bench.recorded("train") == [f"{run}/code", "train", f"{run}/job.yaml", *values]
     assert bench.recorded("after-allocation")[:5] == [f"{run}/code", "after-allocation", run, "--srun-exit", "0"]
     assert bench.slurm.calls("module") == [["load", HOSTILE]]
     (srun,) = bench.slurm.calls("srun")
     assert srun[:4] == ["--nodes=2", "--ntasks=6", "--ntasks-per-node=3", "--cpus-per-task=2"]
+    assert f"--output={run}/logs/%j.0-rank-%t.log" in srun
     assert "$(touch PWNED) x" not in (bench.folder / "job.sbatch").read_text(), "the secret is in the script"
 
 
@@ -195,7 +195,7 @@ def options_of(cluster: ClusterConfig, **of_job: Any) -> list[str]:
 def test_what_is_not_set_is_not_asked_for() -> None:
     assert options_of(ClusterConfig(ranks_per_node=2)) == [
         "--job-name=n",
-        "--output=/r/logs/job-%j.out",
+        "--output=/r/logs/%j.log",
         "--open-mode=append",
         "--nodes=1",
         "--ntasks-per-node=2",
@@ -254,7 +254,7 @@ def test_options_are_read_as_they_were_meant(value: str) -> None:
     assert as_slurm_reads(_quote_option(value)) == value
 
 
-@pytest.mark.parametrize("path", ["/a\nb", "/a\\b", "/a\x07b"])
+@pytest.mark.parametrize("path", ["/a\nb", "/a\\b", "/a\x07b", "/a%jb"])
 def test_paths_that_a_script_cannot_hold(path: str) -> None:
     (text,) = check_paths([Path(path)], in_container=False)
     assert "--run-dir" in text and text.isprintable()
