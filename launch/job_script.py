@@ -16,8 +16,8 @@ from launch.slurm import render_time
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "slurm" / "job.sbatch"
 JOB_CONFIG = "job.yaml"
-LOG = "%j.log"
-RANK_LOG = "%j.${SLURM_RESTART_COUNT:-0}-rank-%t.log"
+LOG = "job-%j.out"
+RANK_LOG = "job-%j-rank-%t.out"
 """As `gptdist logs` finds them."""
 TASK_GRACE_SECONDS = 60
 """After the first task has ended, how long srun leaves the others before it kills them."""

@@ -15,7 +15,7 @@ REASONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("invalid partition", ("partition",), "Use a partition that `sinfo` lists."),
     ("invalid account", ("account", "partition"), "`sacctmgr show associations user=$USER` lists them."),
     ("invalid qos", ("qos", "account"), "`sacctmgr show associations user=$USER` lists them."),
-    ("time limit is invalid", ("time_limit", "partition", "qos"), "Ask for less; `sinfo` shows each partition's limit."),
+    ("time limit is invalid", ("time_limit", "partition", "qos"), "Ask for less: `sinfo` shows the limits."),
     ("generic resource", ("gpus_per_node", "gpu_type"), "`sinfo --format='%P %D %G'` lists the GPUs of nodes."),
     ("invalid feature", ("constraint",), "`sinfo --format='%P %D %f'` lists the features of nodes."),
     ("node count specification", ("nodes", "partition"), "Ask for fewer nodes, or another partition."),

@@ -103,7 +103,7 @@ def test_hostile_names_reach_python_as_they_are(bench: Bench) -> None:
     assert bench.slurm.calls("module") == [["load", HOSTILE]]
     (srun,) = bench.slurm.calls("srun")
     assert srun[:4] == ["--nodes=2", "--ntasks=6", "--ntasks-per-node=3", "--cpus-per-task=2"]
-    assert f"--output={run}/logs/%j.0-rank-%t.log" in srun
+    assert f"--output={run}/logs/job-%j-rank-%t.out" in srun
     assert "$(touch PWNED) x" not in (bench.folder / "job.sbatch").read_text(), "the secret is in the script"
 
 
@@ -195,7 +195,7 @@ def options_of(cluster: ClusterConfig, **of_job: Any) -> list[str]:
 def test_what_is_not_set_is_not_asked_for() -> None:
     assert options_of(ClusterConfig(ranks_per_node=2)) == [
         "--job-name=n",
-        "--output=/r/logs/%j.log",
+        "--output=/r/logs/job-%j.out",
         "--open-mode=append",
         "--nodes=1",
         "--ntasks-per-node=2",
