@@ -7,9 +7,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-# A line end after one visible character of ASCII and before a letter. Every pattern of the GPT family ends a token
-# after it: only a space can begin a word, and a run of white space is split by what follows it only where it is longer.
-_CUT = re.compile(rb"(?<=[!-~]\n)(?=[A-Za-z])")
+# A line end between two visible characters of ASCII. The known patterns end a word after it: a line end cannot begin
+# one that goes on, and how white space is split depends on what follows it only where it is longer.
+_CUT = re.compile(rb"(?<=[!-~]\n)(?=[!-~])")
 
 
 def can_be_cut(fields: dict[str, Any], patterns: Collection[str]) -> bool:
