@@ -64,6 +64,15 @@ class SlurmUnavailable(GptdistError):
     """Slurm is not here, or its controller does not answer."""
 
 
+class NodeUnfit(GptdistError):
+    """Machines that a run was given cannot take part in it. `hosts`: to start without next time; empty where it cannot
+    be told which."""
+
+    def __init__(self, message: str, hosts: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.hosts = hosts
+
+
 class StorageError(UserError):
     """A disk is full or a folder cannot be written."""
 

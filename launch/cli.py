@@ -81,6 +81,7 @@ def train(args: argparse.Namespace) -> int:
     """`gptdist train`: one rank under torchrun, srun or mpirun; otherwise `--nproc` ranks started here."""
     from gptdist.config.check import check_run
     from gptdist.config.load import load_run, render_config
+    from launch.elastic import fit_layout
 
     world = find_world(os.environ, nproc=args.nproc)
     nproc = args.nproc or 1
@@ -90,7 +91,14 @@ def train(args: argparse.Namespace) -> int:
             if world is None or world.is_first:
                 print(render_config(loaded), end="")
             return EXIT_DONE
-        check_run(loaded.config, world.world_size if world else nproc, loaded.origins)
+        if world is not None:
+            check_run(fit_layout(loaded.config, world.world_size).config, world.world_size, loaded.origins)
+        else:
+            fit = fit_layout(loaded.config, nproc, nodes=1)
+            check_run(fit.config, fit.ranks, loaded.origins)
+            if fit.idle:
+                print(f"note    {fit.idle}", flush=True)
+            nproc = fit.ranks
     except GptdistError as error:
         if world is not None and world.local_rank > 0:
             return error.exit_code  # the node's first rank reads the same file and says the same

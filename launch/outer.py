@@ -107,6 +107,13 @@ def find_world(env: Mapping[str, str], *, nproc: int | None = None, port: int = 
     return world
 
 
+def count_nodes(env: Mapping[str, str]) -> int | None:
+    """The nodes of the step that srun started this process in; None where it did not, or does not say."""
+    names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+    found = next((env[name] for name in names if env.get(name)), "")
+    return int(found) if env.get("SLURM_STEP_ID") and found.isdecimal() else None
+
+
 def _read_world(env: Mapping[str, str], launcher: Launcher, port: int) -> World:
     world_size = _number(env, launcher, launcher.world_size)
     global_rank = _number(env, launcher, launcher.global_rank)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from gptdist.comms import Comms
 
 LOOPBACK = "127.0.0.1"
+_LIBRARIES = {
+    "mpirun (Open MPI)": "libmpi.so.40",
+    "mpirun (MVAPICH)": "libmpi.so.12",
+    "mpiexec (MPICH, Intel MPI)": "libmpi.so.12",
+}
+"""The library of each MPI launcher, on Linux."""
 
 
 def open_listener(address: str, port: int) -> socket.socket:
@@ -209,6 +215,10 @@ def mpi_executor(world: World) -> Iterator["Executor | None"]:
 
 def _mpi_ranks(world: World) -> Any:
     """MPI's communicator of all ranks of `world`."""
+    library = _LIBRARIES.get(world.launcher)
+    if library is not None:
+        # Of several MPI libraries, the one whose mpirun it was; mpi4py would take the first it finds.
+        os.environ.setdefault("MPI4PY_LIBMPI", os.pathsep.join([f"{sys.exec_prefix}/lib/{library}", library]))
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

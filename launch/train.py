@@ -49,6 +49,8 @@ from gptdist.train.sample import generate
 from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
+from launch.elastic import Fit, fit_layout
+from launch.preflight.check import run_preflight
 from launch.rendezvous import join, leave
 from launch.saving import (
     check_room,
@@ -95,7 +97,8 @@ class RunData:
 
 def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
     """Train to the end or to a stop; returns the exit code. Raises GptdistError, the same on every rank."""
-    config = loaded.config
+    fit = fit_layout(loaded.config, world.world_size)
+    config = fit.config
     layout = check_run(config, world.world_size, loaded.origins)
     check_sinks(config.monitor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,12 +106,15 @@ def run_rank(loaded: LoadedRun, world: World, *, fresh: bool) -> int:
     with clock.watching_collectives(device):
         comms = join(world, config.launch.timeout, device)
         try:
+            if config.launch.preflight:
+                clock.phase("preflight")
+                run_preflight(config, layout, comms, device)
             clock.phase("loading")
             with comms.together():
                 data = open_data(config)
             try:
                 check_same_on_all_ranks(data_identity(config, data.manifests), data.names, comms)
-                return _train(loaded, layout, world, comms, data, fresh, clock)
+                return _train(loaded, fit, layout, world, comms, data, fresh, clock)
             finally:
                 data.close()
         finally:
@@ -150,9 +156,17 @@ def write_run_folder(run_dir: Path, loaded: LoadedRun, data: RunData) -> None:
 
 
 def _train(
-    loaded: LoadedRun, layout: Layout, world: World, comms: Comms, data: RunData, fresh: bool, clock: StepClock
+    loaded: LoadedRun,
+    fit: Fit,
+    layout: Layout,
+    world: World,
+    comms: Comms,
+    data: RunData,
+    fresh: bool,
+    clock: StepClock,
 ) -> int:
-    config = loaded.config
+    """`loaded` is as the user wrote it, and so the run's folder keeps it; what trains is what `fit` made of it."""
+    config = fit.config
     end_of_text = data.tokenizer.end_of_text if config.data.mask_documents else None
     sections = (config.model, config.optimizer, config.parallel, config.train)
     engine = TrainEngine(*sections, layout, world, end_of_text, clock)
@@ -169,7 +183,7 @@ def _train(
                 note_verified(Path(start.resumed_from))
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, start)), flush=True)
-            for note in (*start.notes, *repeat_notes(config, data), memory_note(config.parallel)):
+            for note in (fit.note, *start.notes, *repeat_notes(config, data), memory_note(config.parallel)):
                 if note:
                     print(f"note    {note}", flush=True)
         if done:

@@ -222,6 +222,13 @@ class LaunchConfig(Section):
     slow_factor: Annotated[float, Field(gt=1)] = Field(
         2.0, description="A rank whose own part of a step takes so many times as long as its peers' is named as slow."
     )
+    preflight: bool = Field(
+        True, description="Before the first step, look at nodes, links, clocks, folders and versions."
+    )
+    min_nodes: PositiveInt | None = Field(
+        None,
+        description="Fewest nodes to run on, in a layout that fits what there is; null: only in the config's own.",
+    )
 
 
 class RunConfig(Section):

@@ -7,7 +7,9 @@ tiny run that the tests of the command share, and how to read what a run left be
 import ctypes
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -155,6 +157,18 @@ class Commands:
     def train(self, run_dir: Path, nproc: int = 1, *words: str, **settings: object) -> Ended:
         """`gptdist train` of the tiny run to its end."""
         return self.start_train(run_dir, nproc, *words, **settings).wait()
+
+
+def mpi_launcher(library: str) -> str | None:
+    """The mpiexec or mpirun of `library`, MPICH or Open MPI: of the environment that runs the tests, or the machine's."""
+    says = {"MPICH": "HYDRA", "Open MPI": "Open MPI"}[library]
+    names = ("mpiexec", "mpirun", "mpiexec.mpich", "mpirun.openmpi")
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for program in filter(None, (shutil.which(name, path=folders) for name in names)):
+        version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        if says in version.stdout:
+            return program
+    return None
 
 
 def render_run(values: Mapping[str, Any]) -> str:

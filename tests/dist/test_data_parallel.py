@@ -16,6 +16,7 @@ import pytest
 from data_tools.build import build_corpus
 from data_tools.corpus.verify import verify_corpus
 from tests.dist.cases import is_full
+from tests.dist.commands import mpi_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("SLURM_", "PMI_", "OMPI_", "MPI_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -146,23 +147,15 @@ def test_a_part_that_fails_is_told_to_the_others(sources: Path, tmp_path: Path) 
     assert all("bad.txt is not UTF-8" in output for output in outputs)
 
 
-def mpiexec() -> str | None:
-    """mpiexec of the environment that runs the tests, or of the machine."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    return str(beside) if beside.exists() else shutil.which("mpiexec")
-
-
-@pytest.mark.skipif(mpiexec() is None, reason="there is no mpiexec; pip install mpich")
 def test_mpi_ranks_share_the_work(sources: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    program = mpiexec()
-    assert program is not None
-    library = Path(sys.prefix) / "lib"
+    program = mpi_launcher("MPICH")
+    if program is None:
+        pytest.skip("there is no mpiexec; pip install mpich")
     command = [program, "-n", "3", sys.executable, "-m", "launch.cli", "data", "build"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    paths = {"PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": f"{library}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     done = subprocess.run(
         [*command, *arguments(sources, tmp_path / "c")],
-        env={**clean, **paths},
+        env={**clean, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,

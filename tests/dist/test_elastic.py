@@ -55,6 +55,39 @@ def test_every_leg_of_a_run_has_another_layout(commands: Commands, second_corpus
         assert one.state["samples"] == 144 and one.state["data"]["phases"][1]["from_sample"] == 67
 
 
+def test_a_run_shrinks_and_grows_back_on_the_ranks_there_are(commands: Commands, tmp_path: Path) -> None:
+    settings = {"train__steps": 12, "train__micro_batch_size": 4, "launch__min_nodes": 1}
+    whole, legs = tmp_path / "whole", tmp_path / "legs"
+    commands.train(whole, 3, **settings).expect(0)
+    first = commands.train(legs, 3, **settings, train__stop_after=4).expect(75)
+    assert "to fit" not in first.out
+    second = commands.train(legs, 2, **settings, train__stop_after=8).expect(75)
+    assert "note    to fit 2 ranks: train.micro_batch_size 4 -> 3\n" in second.out and "DP 2" in second.out
+    written = (legs / "config.yaml").read_text()
+    assert "micro_batch_size: 4 " in written, "the run's own, to grow back to"
+    third = commands.run("train", legs / "config.yaml", "--nproc", 3, "train.stop_after=null").expect(0)
+    assert "to fit" not in third.out and "DP 3" in third.out
+
+    expected, found = curve(whole), curve(legs)
+    assert sorted(found) == list(range(1, 13))
+    for step, (loss, norm, samples) in found.items():
+        assert samples == expected[step][2] == 12 * step
+        assert loss == pytest.approx(expected[step][0], rel=SAME), f"step {step}"
+        assert norm == pytest.approx(expected[step][1], rel=SAME), f"step {step}"
+    with open_last(whole) as one, open_last(legs) as other:
+        same = ("step", "samples", "tokens", "skipped_total", "skipped_in_a_row", "random", "data", "engine")
+        assert {key: one.state[key] for key in same} == {key: other.state[key] for key in same}
+
+
+def test_ranks_that_find_nothing_to_do(commands: Commands, tmp_path: Path) -> None:
+    settings = {"train__steps": 2, "schedule__warmup_steps": 1, "train__global_batch_size": 2}
+    commands.train(tmp_path / "strict", 3, **settings).one_error("train.global_batch_size (2) is not a multiple")
+    ended = commands.train(tmp_path / "run", 3, **settings, launch__min_nodes=1).expect(0)
+    assert "note    rank 2 stays idle: of 3 ranks, 2 share the global batch evenly" in ended.out
+    assert "on 2 x cpu" in ended.out
+    commands.train(tmp_path / "two", 3, **settings, launch__min_nodes=2).one_error("There is 1 node", "launch.min_nodes")
+
+
 def test_another_precision_needs_a_word(commands: Commands, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     commands.train(run_dir, train__steps=4, train__stop_after=2).expect(75)

@@ -13,9 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.commands import Commands, checkpoint_names, curve, last_step, metrics, open_last, tree
+from tests.dist.commands import (
+    Commands,
+    checkpoint_names,
+    curve,
+    last_step,
+    metrics,
+    mpi_launcher,
+    open_last,
+    tree,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
+# Open MPI refuses to run as root without these; CI may be root in a container.
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MANY = 100_000  # steps: more than any test waits for
 
 
@@ -230,11 +241,13 @@ def test_under_torchrun(commands: Commands, tmp_path: Path) -> None:
     _check_outer_run([*words, "--standalone", "-m", "launch.cli"], commands, tmp_path / "run")
 
 
-def test_under_mpirun(commands: Commands, tmp_path: Path) -> None:
-    launcher = shutil.which("mpiexec")
+@pytest.mark.parametrize("library", ["MPICH", "Open MPI"])
+def test_under_mpirun(library: str, commands: Commands, tmp_path: Path) -> None:
+    launcher = mpi_launcher(library)
     if launcher is None:
-        pytest.skip("no mpiexec on PATH: install an MPI library that mpi4py can load, such as the mpich wheel")
-    _check_outer_run([launcher, "-n", "2", sys.executable, "-m", "launch.cli"], commands, tmp_path / "run")
+        pytest.skip(f"no mpiexec of {library} here: pip install mpich, or the machine's package openmpi-bin")
+    words = [launcher, "-n", "2"] + (["--oversubscribe"] if library == "Open MPI" else [])
+    _check_outer_run([*words, sys.executable, "-m", "launch.cli"], commands, tmp_path / "run")
 
 
 def _check_outer_run(launcher: list[str], commands: Commands, run_dir: Path) -> None:
@@ -244,7 +257,7 @@ def _check_outer_run(launcher: list[str], commands: Commands, run_dir: Path) -> 
     ended = subprocess.run(
         [*launcher, *words[:2], *words[4:]],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | AS_ROOT,
         capture_output=True,
         text=True,
         timeout=200,
