@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptdist.checkpoint.logical import Box, overlap_or_gap
 from gptdist.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from gptdist.engine.clock import StepClock
 from gptdist.engine.engine import StepReport, TrainEngine
 from gptdist.layout import Layout
 from gptdist.model.initial import keyed_seed
@@ -84,13 +85,13 @@ class Case:
 
 
 @contextmanager
-def engine_of(case: Case, world: World) -> Iterator[TrainEngine]:
+def engine_of(case: Case, world: World, clock: StepClock | None = None) -> Iterator[TrainEngine]:
     """An engine with its initial weights; its groups are forgotten afterwards."""
     optimizer = OptimizerConfig(
         **{"learning_rate": LEARNING_RATE, "weight_decay": 0.1, "clip_norm": 1.0, **case.optimizer}
     )
     sections = (case.model, optimizer, case.parallel_config, case.train_config)
-    engine = TrainEngine(*sections, case.layout, world, case.end_of_text)
+    engine = TrainEngine(*sections, case.layout, world, case.end_of_text, clock)
     try:
         engine.initialise()
         yield engine

@@ -1,6 +1,5 @@
 """The clock of a step with one rank: which collectives it notices, and how it splits the time."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from gptdist.engine.clock import StepClock, collective_name
-from gptdist.monitor.heartbeat import COLLECTIVES, Heartbeat, Pulse, create_memory
+from gptdist.monitor.heartbeat import COLLECTIVES
+from tests.noted_heartbeat import NotedHeartbeat
 
 
 @pytest.fixture
@@ -18,27 +18,6 @@ def group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-class Noted(Heartbeat):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.collectives: list[str | None] = []
-        self.phases: list[str] = []
-        fd = create_memory()
-        super().__init__(bytearray(os.fstat(fd).st_size))
-        self.pulse = Pulse(fd)
-        os.close(fd)
-        self.collectives.clear()
-
-    def collective(self, name: str | None) -> None:
-        self.collectives.append(name)
-        super().collective(name)
-
-    def phase(self, name: str) -> None:
-        self.phases.append(name)
-        super().phase(name)
 
 
 def one() -> torch.Tensor:
@@ -61,7 +40,7 @@ CALLS: dict[str, list[Callable[[], object]]] = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_each_collective_is_known_by_its_name(name: str, device: str, group: None) -> None:
-    heartbeat = Noted()
+    heartbeat = NotedHeartbeat()
     clock = StepClock(heartbeat)
     for call in CALLS[name]:
         heartbeat.collectives.clear()
@@ -74,7 +53,7 @@ def test_each_collective_is_known_by_its_name(name: str, device: str, group: Non
 
 def test_nothing_is_noticed_before_or_after(group: None) -> None:
     plain = dist.Work.wait, dist.ProcessGroup.allreduce
-    heartbeat = Noted()
+    heartbeat = NotedHeartbeat()
     clock = StepClock(heartbeat)
     for device in ("cpu", "cuda"):
         with pytest.raises(KeyboardInterrupt), clock.watching_collectives(device):
@@ -86,7 +65,7 @@ def test_nothing_is_noticed_before_or_after(group: None) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_messages_of_other_threads_are_not_trainings(device: str, group: None) -> None:
-    heartbeat = Noted()
+    heartbeat = NotedHeartbeat()
     clock = StepClock(heartbeat)
     with clock.watching_collectives(device):
         thread = threading.Thread(target=dist.barrier)
@@ -100,7 +79,7 @@ def test_a_collective_that_fails_is_over(group: None, monkeypatch: pytest.Monkey
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(dist.Work, "wait", fail)
-    heartbeat = Noted()
+    heartbeat = NotedHeartbeat()
     with StepClock(heartbeat).watching_collectives("cpu"), pytest.raises(RuntimeError, match="closed by peer"):
         dist.all_reduce(one())
     assert heartbeat.collectives == ["all_reduce", None]
@@ -134,7 +113,7 @@ def test_a_steps_time_is_split_without_rest(monkeypatch: pytest.MonkeyPatch) -> 
         now += seconds
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    heartbeat = Noted()
+    heartbeat = NotedHeartbeat()
     clock = StepClock(heartbeat)
     clock.waited = 7.0  # before this step
     clock.begin_step()
