@@ -95,19 +95,18 @@ def build_status(files: RunFiles, queue: Sequence[QueuedJob] | None, now: float)
 
 
 def jobs_of(files: RunFiles, queue: Sequence[QueuedJob]) -> tuple[QueuedJob, ...]:
-    """The run's jobs: those of its attempts, and those whose script is in its folder."""
+    """The run's jobs, those that run first: those of its attempts, and those whose script is in its folder."""
     allocations = {attempt.allocation for attempt in files.attempts}
-    return tuple(job for job in queue if f"slurm {job.id}" in allocations or job.is_of(files.run_dir))
+    own = [job for job in queue if f"slurm {job.id}" in allocations or job.is_of(files.run_dir)]
+    return tuple(sorted(own, key=lambda job: (job.waits, len(job.id), job.id)))
 
 
 def _state(files: RunFiles, jobs: Sequence[QueuedJob], asked: bool, now: float) -> tuple[str, str]:
     last = files.attempts[-1] if files.attempts else None
-    active = next((job for job in jobs if not job.waits), None)
-    waiting = next((job for job in jobs if job.waits), None)
-    if active is not None:
-        return _of_active_job(active, last)
-    if waiting is not None:
-        return ("queued" if last is None else "requeued"), f"job {waiting.id} waits {_waits_for(waiting)}"
+    if jobs and not jobs[0].waits:
+        return _of_active_job(jobs[0], last)
+    if jobs:
+        return ("queued" if last is None else "requeued"), f"job {jobs[0].id} waits {_waits_for(jobs[0])}"
     if last is None:
         return _without_records(files, now)
     if last.ended is None:
