@@ -14,13 +14,15 @@ from typing import Any
 from gptdist.checkpoint.folder import step_folders
 from gptdist.checkpoint.listing import summarize
 from gptdist.config.load import load_run
+from gptdist.config.sections import RunConfig
 from gptdist.errors import ConfigError, GptdistError, LaunchError
 from launch.attempts import ATTEMPTS_FILE, Attempt, Note, read_attempts, read_notes
 from launch.goodput import LoggedStep
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILES = ("config.yaml", "job.yaml")
+"""As the run last began, and as it was submitted."""
 METRICS_FILE = "metrics.jsonl"
-MARKS = (CONFIG_FILE, METRICS_FILE, ATTEMPTS_FILE)
+MARKS = (*CONFIG_FILES, METRICS_FILE, ATTEMPTS_FILE)
 """A folder with one of these is a run's."""
 
 
@@ -82,12 +84,10 @@ def read_run(run_dir: Path) -> RunFiles:
             "names."
         )
     checkpoints_dir, steps = run_dir / "checkpoints", None
-    try:
-        config = load_run(run_dir / CONFIG_FILE).config
+    config = _read_config(run_dir)
+    if config is not None:
         steps = config.train.steps
         checkpoints_dir = Path(config.checkpoint.dir) if config.checkpoint.dir else checkpoints_dir
-    except ConfigError:  # it is not written yet, or by another version
-        pass
     rows = [row for row in _metrics(run_dir / METRICS_FILE) if "train/loss" in row]
     log = tuple(
         LoggedStep(row["time"], row["step"], row["speed/step_seconds"]) for row in rows if "speed/step_seconds" in row
@@ -101,6 +101,15 @@ def read_run(run_dir: Path) -> RunFiles:
         tuple(read_attempts(run_dir)),
         tuple(read_notes(run_dir)),
     )
+
+
+def _read_config(run_dir: Path) -> RunConfig | None:
+    for name in CONFIG_FILES:
+        try:
+            return load_run(run_dir / name).config
+        except ConfigError:  # it is not there yet, or of another version
+            continue
+    return None
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:

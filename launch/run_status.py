@@ -26,6 +26,8 @@ _REASONS = {
     "AssocGrpGRES": "for GPUs of the account to become free",
     "AssocMaxJobsLimit": "for other jobs of this account to end (a limit)",
     "ReqNodeNotAvail": "for nodes that are down or reserved",
+    "PartitionDown": "for its partition, which is down",
+    "PartitionInactive": "for its partition, which takes no jobs now",
     "PartitionTimeLimit": "in vain: its time limit is longer than the partition allows",
     "launch failed requeued held": "held, because Slurm could not start it; `scontrol release` tries again",
 }
