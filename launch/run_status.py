@@ -106,7 +106,7 @@ def jobs_of(files: RunFiles, queue: Sequence[QueuedJob]) -> tuple[QueuedJob, ...
 def _state(files: RunFiles, jobs: Sequence[QueuedJob], asked: bool, now: float) -> tuple[str, str]:
     last = files.attempts[-1] if files.attempts else None
     if jobs and not jobs[0].waits:
-        return _of_active_job(jobs[0], last)
+        return _of_active_job(jobs[0], last, bool(files.log))
     if jobs:
         return ("queued" if last is None else "requeued"), f"job {jobs[0].id} waits {_waits_for(jobs[0])}"
     if last is None:
@@ -116,16 +116,16 @@ def _state(files: RunFiles, jobs: Sequence[QueuedJob], asked: bool, now: float) 
     return _ended(last)
 
 
-def _of_active_job(job: QueuedJob, last: Attempt | None) -> tuple[str, str]:
+def _of_active_job(job: QueuedJob, last: Attempt | None, has_log: bool) -> tuple[str, str]:
     on = f"job {job.id} on {job.hosts or 'no nodes'}"
     left = f", {job.time_left} left" if job.time_left not in ("", "UNLIMITED", "INVALID") else ""
     if job.state == "COMPLETING":
         return "ending", f"{on} is ending"
     if job.state != "RUNNING":
         return job.state.lower(), f"{on} is {job.state.lower()} ({job.reason})"
-    if last is None or last.allocation != f"slurm {job.id}" or last.ended is not None:
-        return "starting", f"{on}{left}"
-    return "running", f"{on}{left}"
+    unwatched = last is None and has_log
+    begun = last is not None and last.allocation == f"slurm {job.id}" and last.ended is None
+    return ("running" if begun or unwatched else "starting"), f"{on}{left}"
 
 
 def _waits_for(job: QueuedJob) -> str:

@@ -23,7 +23,8 @@ mkdir /run/netns
 hostname login
 {
     printf '127.0.0.1 localhost\n10.0.0.1 login\n'
-    for i in $(seq "$nodes"); do printf '10.0.0.%d node%d\n' $((10 + i)) "$i"; done
+    # Sockets of both families show an IPv4 peer in the second form.
+    for i in $(seq "$nodes"); do printf '10.0.0.%d node%d\n::ffff:10.0.0.%d node%d\n' $((10 + i)) "$i" $((10 + i)) "$i"; done
 } > hosts
 mount --bind hosts /etc/hosts
 
