@@ -143,7 +143,13 @@ def train_and_tell(words: list[str], told: str) -> None:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_run_says_where_it_is_from_its_start_to_its_end(commands: Commands, tmp_path: Path, background: bool) -> None:
-    settings = {"train.steps": 5, "train.eval_interval": 4, "checkpoint.interval": 2, "monitor.sample_interval": 3}
+    settings = {
+        "train.steps": 5,
+        "train.eval_interval": 4,
+        "checkpoint.interval": 2,
+        "monitor.sample_interval": 3,
+        "launch.preflight": True,
+    }
     named = {name.replace(".", "__"): value for name, value in settings.items()}
     words = commands.train_words(tmp_path / "run", **named, checkpoint__background=background)
     for steps, first in ((5, 1), (6, 6)):
@@ -154,7 +160,7 @@ def test_a_run_says_where_it_is_from_its_start_to_its_end(commands: Commands, tm
         process.join(120)
         code, phases, step, saved, recent = json.loads((tmp_path / "told").read_text())
         assert (code, step, saved, recent) == (0, steps, steps, list(range(first, steps + 1)))
-        expected = ["starting", "loading", *(["evaluating"] if first == 1 else [])]
+        expected = ["starting", "preflight", "loading", *(["evaluating"] if first == 1 else [])]
         for number in range(first, steps + 1):
             expected += ["waiting for data", "forward and backward", "reducing gradients", "optimizer step", "logging"]
             expected += ["evaluating"] if number % 4 == 0 or number == steps else []
