@@ -6,16 +6,14 @@ version, and the JSON of some versions is of all users' jobs, whatever was asked
 
 import getpass
 import os
-import re
-import subprocess
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.errors import LaunchError
+from gptdist.errors import LaunchError, SlurmUnavailable
+from launch.slurm import ask, said
 
-_SECONDS = 10.0
-"""A controller that does not answer in this time is busy or gone; the files of a run can be read without it."""
 _COLUMNS = "%i\t%T\t%r\t%D\t%N\t%L\t%S\t%o"
 
 
@@ -48,18 +46,14 @@ class QueuedJob:
 def read_queue(user: str | None = None) -> list[QueuedJob] | None:
     """The unfinished jobs of `user` (None: this one); None where this machine has no Slurm.
 
-    Raises LaunchError where Slurm is here and does not answer; one that was never set up is as none.
+    Raises SlurmUnavailable where Slurm is here and does not answer.
     """
-    words = ["squeue", "--noheader", f"--user={user or getpass.getuser()}", f"--format={_COLUMNS}"]
-    try:
-        done = _run(words)
-    except FileNotFoundError:
+    if shutil.which("squeue") is None:
         return None
-    if done.returncode and "configuration source" in done.stderr:
-        return None
-    if done.returncode:
-        raise LaunchError(f"squeue failed: {_one_line(done.stderr) or f'exit code {done.returncode}'}")
-    return parse_queue(done.stdout)
+    answer = ask(["squeue", "--noheader", f"--user={user or getpass.getuser()}", f"--format={_COLUMNS}"])
+    if answer.returncode:
+        raise SlurmUnavailable(f"squeue failed: {said(answer.stderr)}.")
+    return parse_queue(answer.stdout)
 
 
 def parse_queue(shown: str) -> list[QueuedJob]:
@@ -74,30 +68,11 @@ def parse_queue(shown: str) -> list[QueuedJob]:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs, which are then not requeued. One that has ended meanwhile is no error. Raises LaunchError."""
+    """Cancel jobs, which are then not requeued. One that has ended meanwhile is no error. Raises SlurmUnavailable, or
+    LaunchError where Slurm refuses."""
     if not job_ids:
         return
-    try:
-        done = _run(["scancel", *job_ids])
-    except FileNotFoundError:
-        raise LaunchError("there is no scancel on this machine: run this on a login node of the cluster") from None
-    trouble = _one_line(done.stderr)
-    if done.returncode and "Invalid job id" not in trouble and "already completing or completed" not in trouble:
-        raise LaunchError(f"scancel {' '.join(job_ids)} failed: {trouble or f'exit code {done.returncode}'}")
-
-
-def _run(words: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    try:
-        return subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise LaunchError(
-            f"{words[0]} did not answer in {_SECONDS:g} s: the controller of the cluster is busy or down. Try again."
-        ) from None
-    except PermissionError as error:
-        raise LaunchError(f"{words[0]} cannot be run: {error.strerror}") from None
-
-
-def _one_line(text: str) -> str:
-    return "; ".join(re.sub(r"^\w+: (error|fatal): ", "", line.strip()) for line in text.splitlines() if line.strip())
+    answer = ask(["scancel", *job_ids])
+    trouble = said(answer.stderr)
+    if answer.returncode and "Invalid job id" not in trouble and "already completing or completed" not in trouble:
+        raise LaunchError(f"scancel {' '.join(job_ids)} failed: {trouble}.")

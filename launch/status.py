@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from gptdist.errors import EXIT_DONE, GptdistError, LaunchError
+from gptdist.errors import EXIT_DONE, GptdistError, SlurmUnavailable
 from gptdist.monitor.console import render_count, render_duration
 from launch.ckpt import print_table
 from launch.run_files import find_runs, is_run, read_run
@@ -88,7 +88,7 @@ def _all_runs(queue: Sequence[QueuedJob]) -> list[Path]:
 def _queue(user: str | None) -> list[QueuedJob] | None:
     try:
         return read_queue(user)
-    except LaunchError as error:
+    except SlurmUnavailable as error:
         print(f"warning: {error} What follows is from files alone.", file=sys.stderr)
         return None
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptdist.durable import write_durably
-from gptdist.errors import EXIT_DONE, EXIT_FAILED, StorageError
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, SlurmUnavailable, StorageError
 from gptdist.monitor.console import render_duration
 from gptdist.train.guards import STOP_FILE
 from launch.attempts import Attempt, read_attempts
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     """Ask, wait for the answer as long as `args.patience`, then cancel; returns when the run has ended."""
     run_dir: Path = args.run
     files = read_run(run_dir)
-    queue = read_queue(str(run_dir.stat().st_uid))
+    queue = _queue(run_dir, files)
     jobs = jobs_of(files, queue or ())
     # Those that wait first: with the running one gone, the next of a chain would begin.
     _cancel_waiting(jobs)
@@ -89,7 +89,17 @@ def _await_end(run_dir: Path, before: RunFiles, patience: float) -> bool:
 
 
 def _jobs(run_dir: Path, files: RunFiles) -> tuple[QueuedJob, ...]:
-    return jobs_of(files, read_queue(str(run_dir.stat().st_uid)) or ())
+    return jobs_of(files, _queue(run_dir, files) or ())
+
+
+def _queue(run_dir: Path, files: RunFiles) -> list[QueuedJob] | None:
+    """None for a run that has nothing to do with Slurm, where that does not answer. Raises SlurmUnavailable."""
+    try:
+        return read_queue(str(run_dir.stat().st_uid))
+    except SlurmUnavailable:
+        if files.attempts and not any(attempt.allocation.startswith("slurm ") for attempt in files.attempts):
+            return None
+        raise
 
 
 def _has_ended(attempts: Sequence[Attempt]) -> bool:

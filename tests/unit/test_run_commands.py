@@ -71,13 +71,15 @@ def test_status_of_one_and_of_all(
     assert "job 9 waits behind jobs of higher priority" in capsys.readouterr().out
 
 
-def test_slurm_that_does_not_answer_is_no_reason_to_say_nothing(run_dir: Path, slurm: Slurm, capsys: Captured) -> None:
+def test_slurm_that_does_not_answer_is_no_reason_to_say_nothing(
+    run_dir: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
     slurm("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
     assert cli.main(["status", str(run_dir)]) == 0
     captured = capsys.readouterr()
-    assert "Unable to contact slurm controller (connect failure) What follows is from files alone." in captured.err
+    assert "Unable to contact slurm controller (connect failure)" in captured.err
     assert "step      2" in captured.out
-    slurm("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["status", str(run_dir)]) == 0
     assert capsys.readouterr().err == ""
 
@@ -137,12 +139,22 @@ def test_stop_cannot_end_what_is_not_slurms(run_dir: Path, slurm: Slurm, capsys:
     assert "will stop it after its next step" in capsys.readouterr().out
 
 
+def test_stop_needs_slurm_only_for_runs_of_slurms(run_dir: Path, slurm: Slurm, capsys: Captured) -> None:
+    slurm("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    begin(run_dir, BEGUN)
+    assert cli.main(["stop", str(run_dir), "--patience", "50ms"]) == 1
+    assert (run_dir / "STOP").exists()
+    begin(run_dir, replace(BEGUN, allocation="slurm 7"))
+    assert cli.main(["stop", str(run_dir)]) == 1
+    assert "Could not establish a configuration source" in capsys.readouterr().err
+
+
 def test_scancel_that_fails_is_one_error(run_dir: Path, slurm: Slurm, capsys: Captured) -> None:
     slurm("squeue", f"printf '9\\tPENDING\\tPriority\\t1\\t\\t1:00\\tN/A\\t{run_dir}/job.sbatch\\n'")
     slurm("scancel", "echo 'scancel: error: Kill job error on job id 9: Access/permission denied' >&2; exit 1")
     assert cli.main(["stop", str(run_dir)]) == 2
     assert capsys.readouterr().err == (
-        "error: scancel 9 failed: Kill job error on job id 9: Access/permission denied\n"
+        "error: scancel 9 failed: Kill job error on job id 9: Access/permission denied.\n"
     )
 
 
