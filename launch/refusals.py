@@ -27,6 +27,8 @@ REASONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("accounting/qos policy", ("account", "qos", "nodes", "time_limit"), "Ask for less, or wait for others to end."),
     ("partition", ("partition",), "Use another partition, or wait until it is up again."),
     ("unrecognized option", ("sbatch_options",), "Leave it out: this Slurm does not know it."),
+    ("invalid node name", ("sbatch_options",), "`sinfo --Node` lists the nodes."),
+    ("invalid license", ("sbatch_options",), "`scontrol show licenses` lists them."),
 )  # fmt: skip
 """What Slurm says, the settings of the cluster's file that it is about, and what to do; the first match counts."""
 
@@ -84,33 +86,31 @@ def _no_partition(cluster: ClusterConfig, partitions: Sequence[Partition]) -> Br
 def _too_much_of_a_node(cluster: ClusterConfig, name: str, kinds: Sequence[Partition]) -> Iterator[Broken]:
     """Fewer nodes fit than are asked for: because of the first of these settings that leaves too few."""
     cpus = cluster.ranks_of_node * (cluster.cpus_per_rank or 1)
+    size = _bytes(cluster)
     needs = (
-        ("cluster.nodes", "there are {nodes} nodes", lambda kind: True),
+        ("cluster.nodes", "", lambda kind: True),
         (
             "cluster.gpus_per_node",
-            f"{{nodes}} of them have {cluster.gpus_per_node} GPUs{f' {cluster.gpu_type}' if cluster.gpu_type else ''}",
+            f"{cluster.gpus_per_node} GPUs{f' {cluster.gpu_type}' if cluster.gpu_type else ''}",
             lambda kind: _gpus(kind, cluster.gpu_type) >= cluster.gpus_per_node,
         ),
-        ("cluster.cpus_per_rank", f"{{nodes}} of them have {cpus} cores as well", lambda kind: kind.cpus >= cpus),
-        (
-            "cluster.memory",
-            f"{{nodes}} of them have {(_bytes(cluster)) / 2**30:.4g} GiB as well",
-            lambda kind: kind.memory_bytes >= _bytes(cluster),
-        ),
+        ("cluster.cpus_per_rank", f"{cpus} cores", lambda kind: kind.cpus >= cpus),
+        ("cluster.memory", f"{size / 2**30:.4g} GiB", lambda kind: kind.memory_bytes >= size),
     )
-    left = list(kinds)
-    told = []
+    left, total = list(kinds), sum(kind.nodes for kind in kinds)
+    asked: list[str] = []
     for key, words, fits in needs:
         left = [kind for kind in left if fits(kind)]
+        asked += [words] if words and not words.startswith("0 ") else []
         nodes = sum(kind.nodes for kind in left)
-        told.append(words.format(nodes=nodes or "none"))
         if nodes < cluster.nodes:
+            have = f", of which {nodes or 'none'} have {' and '.join(asked)}" if asked else ""
             offers = ", ".join(sorted({_offer(kind) for kind in kinds}))
             text = (
-                f"cluster.nodes is {cluster.nodes}, but in partition {name} {', '.join(told)}. Ask for less"
+                f"cluster.nodes is {cluster.nodes}, and partition {name} has {total}{have}. Ask for less"
                 f"{'' if key == 'cluster.nodes' else f' by {key}'}, or another partition. Its nodes: {offers}."
             )
-            yield text, (key, "cluster.nodes", "cluster.partition")
+            yield text, tuple(dict.fromkeys((key, "cluster.nodes", "cluster.partition")))
             return
 
 

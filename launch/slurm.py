@@ -80,7 +80,9 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def said(stderr: str) -> str:
     """What a command complained of, on one line, without its own name and without a full stop."""
     lines = [
-        re.sub(r"^\w+: (error: |fatal: )?(Batch job submission failed: )?", "", line.strip()).rstrip(".")
+        re.sub(
+            r"^\w+: (error: |fatal: )?(Batch job submission failed: |allocation failure: )?", "", line.strip()
+        ).rstrip(".")
         for line in stderr.splitlines()
     ]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "nothing"

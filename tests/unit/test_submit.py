@@ -166,11 +166,11 @@ def test_mistakes_of_both_files_at_once(slurm: FakeSlurm, capsys: pytest.Capture
         ("cluster.nodes=3", "train.global_batch_size (8) is not a multiple of"),
         ("parallel.tensor=3", "does not divide the world size 4"),
         ("cluster.partition=mian", "cluster.partition (mian) does not exist. Did you mean main? There are: main."),
-        ("cluster.nodes=4", "cluster.nodes is 4, but in partition main there are 3 nodes. Ask for less"),
-        ("cluster.gpus_per_node=4", "there are 3 nodes, none of them have 4 GPUs"),
-        ("cluster.gpu_type=h100", "none of them have 2 GPUs h100"),
-        ("cluster.cpus_per_rank=3", "none of them have 6 cores as well. Ask for less by cluster.cpus_per_rank"),
-        ("cluster.memory=3GiB", "none of them have 3 GiB as well"),
+        ("cluster.nodes=4", "cluster.nodes is 4, and partition main has 3. Ask for less"),
+        ("cluster.gpus_per_node=4", "partition main has 3, of which none have 4 GPUs."),
+        ("cluster.gpu_type=h100", "none have 2 GPUs h100."),
+        ("cluster.cpus_per_rank=3", "of which none have 2 GPUs and 6 cores. Ask for less by cluster.cpus_per_rank"),
+        ("cluster.memory=3GiB", "2 GPUs and 4 cores and 3 GiB."),
         ("cluster.secrets_file=none", "cluster.secrets_file (none) cannot be read: No such file"),
     ],
 )
@@ -190,7 +190,7 @@ def test_limits_of_a_partition(slurm: FakeSlurm, capsys: pytest.CaptureFixture[s
     assert "cluster.nodes (2) is above the 1 that partition main gives one job" in err
     assert "site.yaml:8" in err
     _, _, err = submit(capsys, "cluster.partition=null")
-    assert "in partition other there are 9 nodes, none of them have 2 GPUs" in err
+    assert "partition other has 9, of which none have 2 GPUs." in err
     assert "Its nodes: 9 of 4 cores, 1.953 GiB" in err
 
 
