@@ -6,6 +6,7 @@ All that can be wrong is looked for before anything is written. The pieces are i
 
 import argparse
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun, load_run, render_config, render_sections
-from gptdist.config.problems import raise_problems
+from gptdist.config.problems import places_of, raise_problems
 from gptdist.errors import ConfigError, LaunchError, SlurmRefused, SlurmUnavailable
 from gptdist.layout import Layout
 from launch.cluster import LoadedCluster, load_cluster
+from launch.elastic import fit_layout
 from launch.job_script import JOB_CONFIG, Job, check_paths, job_name, render_job_script
 from launch.refusals import explain_refusal, misfits
 from launch.run_folder import SCRIPT, new_job_folder
@@ -61,7 +63,8 @@ def main(args: argparse.Namespace) -> int:
         job_ids = submit_chain(submission, args.chain)
     print(f"run     {submission.job.run_dir}")
     print(f"ranks   {_describe(submission)}")
-    print(f"job     {' then '.join(job_ids)}; `sbatch {submission.script}` starts it again")
+    print(f"job     {' then '.join(job_ids)}")
+    print(f"again   sbatch {shlex.quote(str(submission.script))}")
     return 0
 
 
@@ -73,9 +76,9 @@ def prepare(
     of_run = [override for override in overrides if not override.startswith(CLUSTER_PREFIX)]
     run, loaded_cluster = _load_both(config, of_run, cluster, of_cluster)
     settings = loaded_cluster.config
-    layout = check_run(run.config, settings.nodes * settings.ranks_of_node, run.origins)
+    layout = _check_layouts(run, loaded_cluster)
     folder = Path(os.path.abspath(run_dir or run.config.launch.run_dir))
-    job = Job(name or job_name(folder), folder, Path.cwd(), sys.executable)
+    job = Job(name or job_name(folder), folder, Path.cwd(), sys.executable, run.config.launch.min_nodes)
     for text in check_paths((job.run_dir, job.work_dir), settings.container is not None):
         raise LaunchError(text)
     _check_secrets_file(settings.secrets_file)
@@ -136,6 +139,22 @@ def _load_both(
     return run, load_cluster(cluster, of_cluster)
 
 
+def _check_layouts(run: LoadedRun, cluster: LoadedCluster) -> Layout:
+    """The layout on all nodes, once there is a good one for the fewest as well. Raises ConfigError."""
+    settings, least = cluster.config, run.config.launch.min_nodes
+    if least is not None and least > settings.nodes:
+        places = places_of(("launch.min_nodes", "cluster.nodes"), {**cluster.origins, **run.origins})
+        raise ConfigError(
+            f"launch.min_nodes ({least}) is above cluster.nodes ({settings.nodes}), the most that are asked for. Use "
+            f"at most {settings.nodes}, or more nodes.  [{places}]"
+        )
+    layouts = []
+    for nodes in (settings.nodes, least or settings.nodes):
+        fit = fit_layout(run.config, nodes * settings.ranks_of_node, nodes)
+        layouts.append(check_run(fit.config, fit.ranks, run.origins))
+    return layouts[0]
+
+
 def _in_folder(run: LoadedRun, folder: Path) -> LoadedRun:
     """The run with the absolute path of its folder."""
     launch = run.config.launch.model_copy(update={"run_dir": str(folder)})
@@ -176,7 +195,9 @@ def _describe(submission: Submission) -> str:
     cluster, layout = submission.cluster.config, submission.layout
     limit = f", {render_time(cluster.time_limit)}" if cluster.time_limit else ""
     kind = "GPU" if cluster.gpus_per_node else "CPU"
+    least = submission.job.min_nodes
+    fewest = f"{least} to " if least and least < cluster.nodes else ""
     return (
-        f"{cluster.nodes} nodes x {cluster.ranks_of_node} {kind} ranks = {layout.world_size}: {layout.describe()}; "
-        f"partition {cluster.partition or '(default)'}{limit}"
+        f"{fewest}{cluster.nodes} nodes x {cluster.ranks_of_node} {kind} ranks: {layout.describe()}; partition "
+        f"{cluster.partition or '(default)'}{limit}"
     )

@@ -61,7 +61,7 @@ def test_a_run_folder_has_all_of_the_run(slurm: FakeSlurm, capsys: pytest.Captur
     code, out, err = submit(capsys, "train.steps=77")
     assert (code, err) == (0, "")
     run = Path("runs/one").absolute()
-    assert str(run) in out and "2 nodes x 2 GPU ranks = 4: DP 4" in out
+    assert str(run) in out and "2 nodes x 2 GPU ranks: DP 4" in out
     assert sorted(path.name for path in run.iterdir()) == [
         *(".key", "checkpoints", "cluster.yaml", "code", "job.sbatch", "job.yaml", "logs", "tensorboard")
     ]
@@ -284,6 +284,16 @@ def test_a_job_inherits_nothing_of_an_outer_job(
     names = {line.partition("=")[0] for line in (slurm.folder / "env").read_text().splitlines()}
     assert {"SLURM_CONF", "MINE"} <= names
     assert not names & {"SLURM_NTASKS", "SLURM_JOB_ID", "RANK", "MASTER_ADDR", "OMPI_COMM_WORLD_RANK"}
+
+
+def test_fewer_nodes_may_do(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = submit(capsys, "launch.min_nodes=1", "cluster.nodes=3")
+    assert code == 0 and "1 to 3 nodes x 2 GPU ranks: DP 4" in out, (
+        "six ranks, of which four share a batch of eight evenly"
+    )
+    assert "#SBATCH --nodes=1-3\n" in Path("runs/one/job.sbatch").read_text()
+    code, _, err = submit(capsys, "launch.min_nodes=3")
+    assert code == 2 and "launch.min_nodes (3) is above cluster.nodes (2)" in err and "site.yaml:4" in err
 
 
 def test_what_is_missing_here_is_warned_of(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
