@@ -54,8 +54,8 @@ def open_saver(
     """The saver of this run, on every rank. Its thread begins with the first save."""
     checkpoint = config.checkpoint
 
-    def on_saved(step: int, path: Path) -> None:
-        heartbeat.saved(step)
+    def on_saved(step: int, path: Path, seconds: float) -> None:
+        heartbeat.saved(step, seconds)
         if uploader:
             uploader.submit(path)
 

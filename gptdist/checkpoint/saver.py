@@ -61,9 +61,9 @@ class CheckpointSaver:
         *,
         background: bool = True,
         on_phase: OnPhase = no_phase,
-        on_saved: Callable[[int, Path], None] | None = None,
+        on_saved: Callable[[int, Path, float], None] | None = None,
     ) -> None:
-        """`on_saved(step, path)` is called after each save that was good, on every rank, by the thread that saved."""
+        """`on_saved(step, path, seconds)` is called after each good save, on every rank, by the thread that saved."""
         self.checkpoints_dir = checkpoints_dir
         self.last: SaveOutcome | None = None
         self.background = background
@@ -189,7 +189,7 @@ class CheckpointSaver:
                 on_written=lambda: self._release(job),
             )
             if self._on_saved is not None:
-                self._on_saved(job.step, path)
+                self._on_saved(job.step, path, time.perf_counter() - job.began)
         except Exception as error:
             failure = error
         self._release(job)

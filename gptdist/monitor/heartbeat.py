@@ -48,7 +48,7 @@ COLLECTIVES = (
 # A word holds microseconds above eight bits that say what has been so since then: one store, which no reader sees half
 # done. Nanoseconds would overflow after a year.
 _KIND_BITS = 8
-_PHASE, _COLLECTIVE, _STEP, _SAVED, _STEPS_WRITTEN = range(5)
+_PHASE, _COLLECTIVE, _STEP, _SAVED, _STEPS_WRITTEN, _SAVE_MICROSECONDS = range(6)
 _HEADER_BYTES = 64
 _TIMES = struct.Struct("=qdddddd")
 _CHECK = struct.Struct("=I")
@@ -77,7 +77,7 @@ class Beat:
 
     `beat_ns`: when the rank last moved: into a phase, or into or out of a collective. `collective`: the one it is in,
     or on a GPU, where they run by themselves, the one it launched last. `step`: the last one finished. `recent`: the
-    last finished ones, oldest first.
+    last finished ones, oldest first. `save_seconds`: what the last save took until it was durable, 0 before the first.
     """
 
     step: int
@@ -87,6 +87,7 @@ class Beat:
     saved_step: int | None
     collective: str | None
     recent: tuple[StepTimes, ...]
+    save_seconds: float = 0.0
 
 
 class Heartbeat:
@@ -96,7 +97,7 @@ class Heartbeat:
         self._memory = memory
         self._words = memoryview(memory).cast("q")
         self._words[_SAVED] = -1
-        self._words[_STEP] = self._words[_STEPS_WRITTEN] = 0
+        self._words[_STEP] = self._words[_STEPS_WRITTEN] = self._words[_SAVE_MICROSECONDS] = 0
         self.collective(None)
         self.phase(PHASES[0])
 
@@ -128,8 +129,9 @@ class Heartbeat:
         self._words[_STEPS_WRITTEN] = written + 1
         self._words[_STEP] = times.step
 
-    def saved(self, step: int) -> None:
-        """A checkpoint of this step is durably there. May be called by the thread that saves."""
+    def saved(self, step: int, seconds: float = 0.0) -> None:
+        """A checkpoint of this step is durably there, after so long. May be called by the thread that saves."""
+        self._words[_SAVE_MICROSECONDS] = round(1e6 * seconds)
         self._words[_SAVED] = step
 
 
@@ -153,6 +155,7 @@ class Pulse:
             saved_step=saved if saved > 0 else None,
             collective=COLLECTIVES[collective - 1] if collective else None,
             recent=self._recent(),
+            save_seconds=self._words[_SAVE_MICROSECONDS] / 1e6,
         )
 
     def _recent(self) -> tuple[StepTimes, ...]:

@@ -76,8 +76,9 @@ def test_a_save_by_another_thread_is_no_sign_of_life_of_training() -> None:
     heartbeat, pulse = open_pair()
     beat_ns = pulse.read().beat_ns
     time.sleep(0.002)
-    heartbeat.saved(7)
-    assert pulse.read().beat_ns == beat_ns and pulse.read().saved_step == 7
+    heartbeat.saved(7, 2.5)
+    beat = pulse.read()
+    assert (beat.beat_ns, beat.saved_step, beat.save_seconds) == (beat_ns, 7, 2.5)
 
 
 def test_memory_that_no_rank_has_opened_yet_reads_as_starting() -> None:

@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 HOSTILE = "a b'\"$(touch PWNED)`touch PWNED`;touch PWNED&|<>*?[!]{~}# é"
 RECORD_ARGUMENTS = """#!/bin/bash
-printf '%s\\0' "$@" "${SETTING-}" "${TMPDIR-}" "${A_SECRET-}" > "$RECORDS/$2"
+printf '%s\\0' "$@" "${SETTING-}" "${TMPDIR-}" "${A_SECRET-}" "$GPTDIST_JOB_ENDS" > "$RECORDS/$2"
 exit "${PYTHON_ENDS:-0}"
 """
 
@@ -42,7 +42,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.slurm = FakeSlurm(folder / "slurm", ("srun", "module", "apptainer"))
+        self.slurm = FakeSlurm(folder / "slurm", ("srun", "squeue", "module", "apptainer"))
         self.records = folder / "records"
         self.run_dir, self.work_dir = folder / HOSTILE / "run", folder / f"work {HOSTILE}"
         for made in (self.records, self.run_dir / "code", self.work_dir):
@@ -97,7 +97,7 @@ def test_hostile_names_reach_python_as_they_are(bench: Bench) -> None:
     code, output = bench.run(cluster)
     assert (code, output) == (0, "")
     run = str(bench.run_dir)
-    values = [HOSTILE, f"/scratch {HOSTILE}/me/7", "$(touch PWNED) x"]
+    values = [HOSTILE, f"/scratch {HOSTILE}/me/7", "$(touch PWNED) x", ""]
     assert bench.recorded("train") == [f"{run}/code", "train", f"{run}/job.yaml", *values]
     assert bench.recorded("after-allocation")[:5] == [f"{run}/code", "after-allocation", run, "--srun-exit", "0"]
     assert bench.slurm.calls("module") == [["load", HOSTILE]]
@@ -105,6 +105,15 @@ def test_hostile_names_reach_python_as_they_are(bench: Bench) -> None:
     assert srun[:4] == ["--nodes=2", "--ntasks=6", "--ntasks-per-node=3", "--cpus-per-task=2"]
     assert f"--output={run}/logs/job-%j-rank-%t.out" in srun
     assert "$(touch PWNED) x" not in (bench.folder / "job.sbatch").read_text(), "the secret is in the script"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "ends"), [("echo 2030-01-02T03:04:05", "1893553445"), ("echo N/A", ""), ("exit 1", ""), ("echo", "")]
+)
+def test_ranks_are_told_when_their_time_is_over(bench: Bench, squeue: str, ends: str) -> None:
+    bench.slurm.answers("squeue", squeue)
+    bench.run(ClusterConfig(ranks_per_node=1), TZ="UTC")
+    assert bench.recorded("train")[-1] == ends
 
 
 def test_the_virtual_environment_comes_first(bench: Bench) -> None:
