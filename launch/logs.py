@@ -1,6 +1,6 @@
 """`gptdist logs RUN`: what the ranks of a run wrote, from the files in its folder, as they are or as they grow.
 
-Knows how the files in `logs/` are named: `JOB.RESTART-rank-R.log` of the ranks of a Slurm job, `JOB.log` of its script.
+Knows how the files in `logs/` are named: `job-JOB-rank-R.out` of the ranks of a Slurm job, `job-JOB.out` of its script.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from launch.run_files import read_run
 
 LOGS_DIR = "logs"
 POLL_SECONDS = 0.5
-_NAME = re.compile(r"(?P<job>\d+)(\.(?P<restart>\d+))?(-rank-(?P<rank>\d+))?\.log")
+_NAME = re.compile(r"job-(?P<job>\d+)(-rank-(?P<rank>\d+))?\.out")
 _CHUNK = 1 << 20
 
 
@@ -25,13 +25,12 @@ class LogFile:
     """`global_rank`: None for the job's script. In the order in which they began."""
 
     job: int
-    restart: int
     global_rank: int | None
     path: Path
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        return self.job, self.restart, -1 if self.global_rank is None else self.global_rank
+    def place(self) -> tuple[int, int]:
+        return self.job, -1 if self.global_rank is None else self.global_rank
 
 
 def main(args: argparse.Namespace) -> int:
@@ -67,7 +66,7 @@ def _parse(path: Path) -> LogFile | None:
     if match is None:
         return None
     global_rank = None if match["rank"] is None else int(match["rank"])
-    return LogFile(int(match["job"]), int(match["restart"] or 0), global_rank, path)
+    return LogFile(int(match["job"]), global_rank, path)
 
 
 def _print_new(path: Path, shown: dict[Path, int], last: Path | None) -> Path | None:

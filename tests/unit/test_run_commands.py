@@ -161,13 +161,13 @@ def test_scancel_that_fails_is_one_error(run_dir: Path, slurm: Slurm, capsys: Ca
 def test_logs_of_ranks_in_order(run_dir: Path, capsys: Captured) -> None:
     folder = run_dir / "logs"
     folder.mkdir()
-    for name in ("10.0-rank-0.log", "9.log", "9.0-rank-0.log", "9.1-rank-0.log", "9.0-rank-1.log", "notes.txt"):
+    for name in ("job-10-rank-0.out", "job-10.out", "job-9.out", "job-9-rank-0.out", "job-9-rank-1.out", "notes.txt"):
         (folder / name).write_text(f"{name} says\n")
     assert cli.main(["logs", str(run_dir)]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("says")]
-    assert [line.split()[0] for line in said] == ["9.log", "9.0-rank-0.log", "9.1-rank-0.log", "10.0-rank-0.log"]
+    assert [line.split()[0] for line in said] == ["job-9.out", "job-9-rank-0.out", "job-10.out", "job-10-rank-0.out"]
     assert cli.main(["logs", str(run_dir), "--rank", "1"]) == 0
-    assert capsys.readouterr().out == f"==> {folder}/9.0-rank-1.log <==\n9.0-rank-1.log says\n"
+    assert capsys.readouterr().out == f"==> {folder}/job-9-rank-1.out <==\njob-9-rank-1.out says\n"
     assert cli.main(["logs", str(run_dir), "--rank", "2"]) == 2
     assert "rank 2" in capsys.readouterr().err
 
@@ -175,15 +175,15 @@ def test_logs_of_ranks_in_order(run_dir: Path, capsys: Captured) -> None:
 def test_logs_follow_until_the_run_is_over(run_dir: Path, capsys: Captured) -> None:
     folder = run_dir / "logs"
     folder.mkdir()
-    (folder / "9.0-rank-0.log").write_text("step 1\n")
+    (folder / "job-9-rank-0.out").write_text("step 1\n")
     begin(run_dir, BEGUN)
 
     def write() -> None:
         time.sleep(0.05)
-        with (folder / "9.0-rank-0.log").open("a") as file:
+        with (folder / "job-9-rank-0.out").open("a") as file:
             file.write("step 2\n")
         time.sleep(0.05)
-        (folder / "9.1-rank-0.log").write_text("step 3\n")
+        (folder / "job-10-rank-0.out").write_text("step 3\n")
         end(run_dir, replace(BEGUN, ended=1.0, action="done"))
 
     writing = threading.Thread(target=write)
