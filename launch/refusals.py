@@ -24,6 +24,8 @@ REASONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("cpu count", ("cpus_per_rank", "ranks_per_node"), "Ask for fewer cores for each rank."),
     ("memory", ("memory",), "Ask for less, or for `all` of a node."),
     ("not permitted to use this partition", ("partition", "account"), "Use one of your own; `sinfo` lists them."),
+    ("permission denied", ("partition", "account"), "Not every user, and not every machine, may submit there."),
+    ("reservation", ("sbatch_options",), "`scontrol show reservation` lists them."),
     ("accounting/qos policy", ("account", "qos", "nodes", "time_limit"), "Ask for less, or wait for others to end."),
     ("partition", ("partition",), "Use another partition, or wait until it is up again."),
     ("unrecognized option", ("sbatch_options",), "Leave it out: this Slurm does not know it."),

@@ -1,12 +1,15 @@
 """What the tests on a real Slurm share: one lab, booted at first use, without jobs and whole before each test."""
 
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_tools.build import build_corpus
 from tests.cluster.slurm_lab import SYSTEM_PATH, SlurmLab, why_not
+from tests.dist.commands import SOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = 3
@@ -14,8 +17,8 @@ NODES = 3
 PARTITIONS = """
 PartitionName=short Nodes=node[1-2] MaxTime=5 State=UP
 PartitionName=closed Nodes=ALL AllowAccounts=physics State=UP
-PartitionName=broken Nodes=ALL State=DOWN
-PartitionName=others Nodes=ALL AllowGroups=nobody State=UP
+PartitionName=broken Nodes=ALL State=DRAIN
+PartitionName=inner Nodes=ALL AllocNodes=node1 State=UP
 """
 
 
@@ -35,6 +38,15 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
     env = {"PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with SlurmLab(tmp_path_factory.mktemp("lab"), NODES, extra=PARTITIONS, env=env) as lab:
         yield lab
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of Python's own sources as bytes."""
+    folder = tmp_path_factory.mktemp("corpus") / "stdlib"
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    build_corpus([stdlib / name for name in SOURCES], folder, "bytes", validation_fraction=0.1)
+    return folder
 
 
 @pytest.fixture

@@ -219,6 +219,17 @@ class SlurmLab:
     def mend_cable(self, node: int) -> None:
         self.run("ip", "link", "set", f"cable{node}", "up").expect()
 
+    def kill_controller(self) -> None:
+        """Nobody answers any more; jobs go on."""
+        self.run("sh", "-c", "kill -KILL $(cat /run/slurmctld.pid)").expect()
+
+    def start_controller(self) -> None:
+        """It knows its jobs again."""
+        self.run("slurmctld").expect()
+        wait_until(
+            lambda: self.run("scontrol", "ping").code == 0, 20.0, "the controller", lambda: self.log("slurmctld")
+        )
+
     @staticmethod
     def _kill(pid_file: Path) -> None:
         try:

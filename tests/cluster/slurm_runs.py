@@ -21,7 +21,6 @@ RUN: dict[str, Any] = {
     "train.steps": 120,
     "train.global_batch_size": 24,
     "train.micro_batch_size": 1,
-    "train.eval_samples": 0,
     "checkpoint.interval": 10,
     "checkpoint.keep": 20,
 }
