@@ -160,7 +160,7 @@ class Commands:
 
 
 def mpi_launcher(library: str) -> str | None:
-    """The mpiexec or mpirun of `library`, MPICH or Open MPI: of the environment that runs the tests, or the machine's."""
+    """The mpiexec of `library`, MPICH or Open MPI: of the environment that runs the tests, or the machine's."""
     says = {"MPICH": "HYDRA", "Open MPI": "(Open"}[library]  # (Open MPI), or (OpenRTE) under its other name
     names = ("mpiexec", "mpirun", "mpiexec.mpich", "mpirun.openmpi")
     folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
