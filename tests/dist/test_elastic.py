@@ -85,7 +85,8 @@ def test_ranks_that_find_nothing_to_do(commands: Commands, tmp_path: Path) -> No
     ended = commands.train(tmp_path / "run", 3, **settings, launch__min_nodes=1).expect(0)
     assert "note    rank 2 stays idle: of 3 ranks, 2 share the global batch evenly" in ended.out
     assert "on 2 x cpu" in ended.out
-    commands.train(tmp_path / "two", 3, **settings, launch__min_nodes=2).one_error("There is 1 node", "launch.min_nodes")
+    refused = commands.train(tmp_path / "two", 3, **settings, launch__min_nodes=2)
+    refused.one_error("There is 1 node", "launch.min_nodes")
 
 
 def test_another_precision_needs_a_word(commands: Commands, tmp_path: Path) -> None:
