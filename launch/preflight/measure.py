@@ -172,7 +172,6 @@ def _speed(peer: int, global_rank: int, device: str, effort: Effort) -> float | 
             _finish(device)
             start = time.perf_counter()
             sent = exchange(mine, peer)
-            _finish(device)
             if repeat:
                 best = min(best, time.perf_counter() - start)
             right &= bool((mine + sent == global_rank + peer + 2).all())  # the peer goes on, whatever this one got
@@ -185,8 +184,15 @@ def exchange(tensor: Tensor, peer: int) -> Tensor:
     """What the peer gives for `tensor`. Raises RuntimeError where it does not within LINK_SECONDS."""
     received = torch.zeros_like(tensor)
     both = [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, received, peer)]
+    deadline = time.monotonic() + LINK_SECONDS
     for work in dist.batch_isend_irecv(both):
-        work.wait(timedelta(seconds=LINK_SECONDS))
+        if tensor.is_cuda:
+            work.wait()  # lets the stream wait, not us; with a limit of time NCCL looks only every so many milliseconds
+        else:
+            work.wait(timedelta(seconds=LINK_SECONDS))
+    while tensor.is_cuda and not torch.cuda.current_stream().query():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {peer} did not answer in time")
     return received
 
 
