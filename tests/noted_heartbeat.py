@@ -6,17 +6,19 @@ from gptdist.monitor.heartbeat import Heartbeat, Pulse, create_memory
 
 
 class NotedHeartbeat(Heartbeat):
-    """Every phase, and every collective; None: out of it again. What a reader sees is `pulse`'s."""
+    """Every phase, and every collective; None: out of it again. What a reader sees is `pulse`'s; `fd` is the memory."""
 
     def __init__(self) -> None:
         self.phases: list[str] = []
         self.collectives: list[str | None] = []
         self.inside: set[tuple[str, str]] = set()  # (phase, collective)
-        fd = create_memory()
-        self.pulse = Pulse(fd)
-        super().__init__(Heartbeat.open(fd)._memory)
-        os.close(fd)
+        self.fd = create_memory()
+        self.pulse = Pulse(self.fd)
+        super().__init__(Heartbeat.open(self.fd)._memory)
         self.collectives.clear()
+
+    def __del__(self) -> None:
+        os.close(self.fd)
 
     def collective(self, name: str | None) -> None:
         self.collectives.append(name)

@@ -1,7 +1,9 @@
-"""What several ranks' heartbeats say: phases, collectives, who waits for whom; and that being watched changes nothing."""
+"""What several ranks' heartbeats say: phases, collectives, who waits for whom; being watched changes nothing."""
 
+import faulthandler
 import itertools
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from gptdist.config.load import load_run
 from gptdist.engine.clock import StepClock
-from gptdist.monitor.heartbeat import StepTimes
+from gptdist.monitor.heartbeat import COLLECTIVES, Pulse, StepTimes
 from gptdist.world import World
 from launch import train as train_module
 from launch.slow_ranks import find_slow_ranks, rank_loads
+from launch.stacks import STACK_SIGNAL, answer_stacks, ask_stacks, create_pad
 from tests.dist.cases import CLASSIC, Case, batch_of, engine_of, train
 from tests.dist.commands import Commands
 from tests.dist.fork_server import fork_server
@@ -127,6 +131,47 @@ def test_no_rank_of_a_clean_run_is_named(pool: RankPool, name: str) -> None:
     loads = rank_loads(case.model, case.layout)
     for steps in range(1, 41):
         assert find_slow_ranks({rank: rows[:steps] for rank, rows in recent.items()}, 2.0, loads) == []
+
+
+WAITED_FOR = {
+    "all_reduce": lambda tensor, peer: dist.all_reduce(tensor),
+    "barrier": lambda tensor, peer: dist.barrier(),
+    "recv": lambda tensor, peer: dist.recv(tensor, peer) if peer else dist.send(tensor, peer),
+    "the wait of wait_for_a_handle": lambda tensor, peer: wait_for_a_handle(tensor),
+}
+
+
+def wait_for_a_handle(tensor: torch.Tensor) -> None:
+    handle = dist.all_reduce(tensor, async_op=True)
+    handle.wait()
+
+
+def asked_while_it_waits(world: World, name: str) -> tuple[str | None, str | None]:
+    """(by its stack, by its heartbeat) what rank 0 waits in, asked by rank 1, which joins it only then."""
+    heartbeat, pad = NotedHeartbeat(), create_pad()
+    answer_stacks(pad)
+    of_ranks = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+    dist.all_gather(of_ranks, torch.tensor([os.getpid(), pad, heartbeat.fd]))
+    found: tuple[str | None, str | None] = (None, None)
+    with StepClock(heartbeat).watching_collectives("cpu"):
+        if world.global_rank == 1:
+            pid, its_pad, its_heartbeat = of_ranks[0].tolist()
+            pulse = Pulse(os.open(f"/proc/{pid}/fd/{its_heartbeat}", os.O_RDWR))
+            deadline = time.monotonic() + 20
+            while pulse.read().collective is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            told = ask_stacks({pid: os.open(f"/proc/{pid}/fd/{its_pad}", os.O_RDWR)}, seconds=10.0)[pid]
+            found = told.waits_in, pulse.read().collective
+        WAITED_FOR[name](torch.ones(1), 1 - world.global_rank)
+    faulthandler.unregister(STACK_SIGNAL)
+    return found
+
+
+@pytest.mark.parametrize("name", WAITED_FOR)
+def test_what_a_rank_waits_in_is_in_its_stack_and_in_its_heartbeat(pool: RankPool, name: str) -> None:
+    by_stack, by_heartbeat = pool.run(asked_while_it_waits, 2, name)[1]
+    assert by_stack and by_stack.startswith(name)
+    assert by_heartbeat == (name if name in COLLECTIVES else "all_reduce")
 
 
 def train_and_tell(words: list[str], told: str) -> None:
