@@ -81,7 +81,7 @@ def said(stderr: str) -> str:
     """What a command complained of, on one line, without its own name and without a full stop."""
     lines = [
         re.sub(
-            r"^\w+: (error: |fatal: )?(Batch job submission failed: |allocation failure: )?", "", line.strip()
+            r"^(s\w+: )?(error: |fatal: )?(Batch job submission failed: |allocation failure: )?", "", line.strip()
         ).rstrip(".")
         for line in stderr.splitlines()
     ]
