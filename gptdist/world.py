@@ -12,7 +12,7 @@ class World:
 
     `listen_fd`: on the first rank, a socket that already listens there (so that no one else can take the port between
     choosing it and using it); -1 where there is none yet. `heartbeat_fd`: memory for this rank's signs of life
-    (`gptdist.monitor.heartbeat`); -1 where nobody reads them.
+    (`gptdist.monitor.heartbeat`); -1 where nobody reads them. `generation`: how often ranks were restarted in place.
     """
 
     global_rank: int = 0
@@ -25,6 +25,7 @@ class World:
     launcher: str = "single"
     listen_fd: int = -1
     heartbeat_fd: int = -1
+    generation: int = 0
 
     @property
     def is_one_node(self) -> bool:

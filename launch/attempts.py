@@ -40,6 +40,7 @@ class Attempt:
     last_step: int | None = None  # the last one that was finished
     saved_step: int | None = None  # of the newest checkpoint of the run
     reason: str | None = None  # one clear sentence
+    failed: bool = False  # it did not end well, and nobody wished it to end
     culprits: tuple[str, ...] = ()  # hosts
     exit_code: int | None = None
     action: str | None = None  # restart in place, requeue, stop, done

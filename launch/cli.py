@@ -7,11 +7,9 @@ what a rank then does is in `train.py`.
 import argparse
 import importlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, GptdistError
@@ -78,10 +76,11 @@ def show_error(error: GptdistError) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """`gptdist train`: one rank under torchrun, srun or mpirun; otherwise `--nproc` ranks started here."""
+    """`gptdist train`: one rank under torchrun or mpirun; otherwise `--nproc` ranks started here."""
     from gptdist.config.check import check_run
     from gptdist.config.load import load_run, render_config
     from launch.elastic import fit_layout
+    from launch.place import Place
 
     world = find_world(os.environ, nproc=args.nproc)
     nproc = args.nproc or 1
@@ -107,22 +106,17 @@ def train(args: argparse.Namespace) -> int:
         return _train_under_launcher(
             loaded, find_world(os.environ, port=loaded.config.launch.port) or world, args.fresh
         )
-    if nproc == 1:
-        signal.signal(signal.SIGINT, _stop_and_save)
-        return run_rank(World(), (loaded, args.fresh))
+    from launch.train_ranks import train_ranks
 
-    from launch.local import launch_local
-
-    preload = ("launch.train",)
-    return launch_local(nproc, run_rank, (loaded, args.fresh), preload=preload, port=loaded.config.launch.port)
+    return train_ranks(Place.alone(nproc), loaded, run_rank, fresh=args.fresh)
 
 
 def run_rank(world: World, payload: tuple[Any, bool]) -> int:
-    """One rank of a run. `payload`: the loaded run, and whether to ignore checkpoints."""
+    """One rank of a run. `payload`: the loaded run, and whether to ignore checkpoints, but for its own."""
     from launch.train import run_rank as train_rank
 
     loaded, fresh = payload
-    return train_rank(loaded, world, fresh=fresh)
+    return train_rank(loaded, world, fresh=fresh and world.generation == 0)
 
 
 def _train_under_launcher(loaded: Any, world: World, fresh: bool) -> int:
@@ -132,15 +126,6 @@ def _train_under_launcher(loaded: Any, world: World, fresh: bool) -> int:
         if not world.is_first and str(error).startswith("[rank "):
             return error.exit_code  # another rank's error, agreed on by all; the first rank shows it
         raise
-
-
-def _stop_and_save(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C on a single rank: what TERM does, once the training loop answers TERM; the next one ends it at once."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        raise KeyboardInterrupt
-    print("stopping: saves and exits; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
-    signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _package(name: str, otherwise: str, meaning: str) -> Finding:
 
 
 def _processor() -> Finding:
-    from launch.local import available_cores
+    from launch.warm import available_cores
 
     cores = available_cores()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

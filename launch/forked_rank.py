@@ -18,11 +18,12 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, GptdistError
 from gptdist.world import World
+from launch.stacks import answer_stacks
 from launch.verdict import Report
 
 Target = Callable[[World, Any], int | None]
@@ -42,25 +43,30 @@ _LOST_PEER = (
 )
 
 
+@dataclass(frozen=True)
+class RankFiles:
+    """File descriptors a rank gets from its launcher: where to report, where to write its stacks when asked, and what
+    becomes its stdout and stderr (None: the launcher's own)."""
+
+    report: int
+    pad: int
+    streams: tuple[int, int] | None
+
+
 def run_as_rank(
-    target: str | Target,
-    payload: Any,
-    world: World,
-    launcher_pid: int,
-    streams: tuple[int, int] | None,
-    report_fd: int,
-    threads: int,
+    target: str | Target, payload: Any, world: World, launcher_pid: int, files: RankFiles, threads: int | None
 ) -> NoReturn:
     """Run `target(world, payload)` and leave the process with its exit code; never returns into the launcher's code.
 
-    `streams`: file descriptors that become stdout and stderr; None keeps the launcher's own.
+    `threads`: for torch's own work; None leaves that to torch.
     """
     code = EXIT_FAILED
     try:
         _die_with(launcher_pid)
         _settle_signals()
-        _settle_streams(streams)
-        if "torch" in sys.modules:
+        _settle_streams(files.streams)
+        answer_stacks(files.pad)
+        if "torch" in sys.modules and threads is not None:
             sys.modules["torch"].set_num_threads(threads)
         atexit._clear()  # what the launcher registered is the launcher's to run
         outcome = load_target(target)(world, payload)
@@ -68,7 +74,7 @@ def run_as_rank(
         if code in (EXIT_DONE, EXIT_RESUMABLE):
             _finish()
     except BaseException as error:
-        code = _report(error, report_fd)
+        code = _report(error, files.report)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

@@ -41,7 +41,8 @@ def main(args: argparse.Namespace) -> int:
     order = _order(args)
     if args.tensor == 1:
         return run_rank(World(), order)
-    from launch.local import ENGINES, launch_local
+    from launch.local import launch_local
+    from launch.warm import ENGINES
 
     return launch_local(args.tensor, run_rank, order, preload=(*ENGINES, "launch.trained"))
 

@@ -30,27 +30,30 @@ class Report:
 @dataclass(frozen=True)
 class RankEnd:
     """How one rank ended: by itself with `exit_code`, or by `signal_number`; seen by the launcher at
-    `at_nanoseconds`."""
+    `at_nanoseconds`. `premature`: in the middle of training, whatever its exit code says."""
 
     global_rank: int
     exit_code: int | None
     signal_number: int | None
     report: Report | None
     at_nanoseconds: int
+    premature: bool = False
 
     @property
     def is_good(self) -> bool:
-        return self.report is None and self.exit_code in (EXIT_DONE, EXIT_RESUMABLE)
+        return self.report is None and self.exit_code in (EXIT_DONE, EXIT_RESUMABLE) and not self.premature
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`message` is empty where there is nothing to say."""
+    """`message` is empty where there is nothing to say. `global_rank`: the rank that failed first by itself, where that
+    is known. `deliberate`: with an error that gptdist raised on purpose."""
 
     exit_code: int
     message: str = ""
     traceback: str = ""
     global_rank: int | None = None
+    deliberate: bool = False
 
 
 def judge(ends: Sequence[RankEnd], world_size: int, stop_signal: int | None = None, debug: bool = False) -> Verdict:
@@ -71,10 +74,12 @@ def judge(ends: Sequence[RankEnd], world_size: int, stop_signal: int | None = No
     report = first.report
     same = sum(end.report is not None and end.report.message == report.message for end in bad)
     prefix = "" if same == world_size or report.echo else f"[rank {first.global_rank}] "
+    culprit = None if report.echo else first.global_rank
     if report.deliberate:
-        return Verdict(report.exit_code, prefix + report.message, report.traceback if debug else "", first.global_rank)
+        traceback = report.traceback if debug else ""
+        return Verdict(report.exit_code, prefix + report.message, traceback, culprit, deliberate=True)
     message = f"{prefix}{report.kind}: {report.message}" if report.message else f"{prefix}{report.kind}"
-    return Verdict(report.exit_code, message, report.traceback, first.global_rank)
+    return Verdict(report.exit_code, message, report.traceback, culprit)
 
 
 def _precedence(end: RankEnd) -> tuple[int, int]:
@@ -85,7 +90,7 @@ def _precedence(end: RankEnd) -> tuple[int, int]:
 
 
 def _exit_code(end: RankEnd) -> int:
-    return EXIT_FAILED if end.exit_code is None else end.exit_code
+    return EXIT_FAILED if end.exit_code is None or end.premature else end.exit_code
 
 
 def _silent_end(end: RankEnd) -> str:

@@ -219,6 +219,10 @@ class LaunchConfig(Section):
     run_dir: str = Field("runs/default", description="Folder of the run: checkpoints, logs, TensorBoard.")
     timeout: Duration = Field(600.0, description="A collective that waits longer fails the run.")
     port: NonNegativeInt = Field(0, description="Port of the rendezvous; 0: a free one.")
+    restart: bool = Field(True, description="After a failure, start all ranks again from the newest checkpoint.")
+    hang_timeout: Duration | None = Field(
+        None, description="Ranks that stand still in a step for so long hang; null: learned from steps, at least 60s."
+    )
     slow_factor: Annotated[float, Field(gt=1)] = Field(
         2.0, description="A rank whose own part of a step takes so many times as long as its peers' is named as slow."
     )

@@ -43,7 +43,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "nproc"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1), (signal.SIGUSR2, 2), (signal.SIGINT, 2)]
+    ("number", "nproc"),
+    [(signal.SIGTERM, 2), (signal.SIGUSR1, 1), (signal.SIGUSR2, 2), (signal.SIGINT, 2), (signal.SIGINT, 1)],
 )
 def test_a_signal_saves_and_can_be_resumed(
     number: signal.Signals, nproc: int, commands: Commands, tmp_path: Path
@@ -131,7 +132,7 @@ def test_a_finished_run(finished: Path, commands: Commands) -> None:
     assert [int(curve(finished)[step][2]) for step in range(1, 11)] == [4, 8, *range(16, 16 + 8 * 12, 12)]
     assert checkpoint_names(finished) == ["step-00000006", "step-00000009", "step-00000010"]
     assert sorted(path.name for path in finished.iterdir()) == sorted(
-        ["config.yaml", "tokenizer.json", "metrics.jsonl", "checkpoints"]
+        ["attempts.jsonl", "config.yaml", "tokenizer.json", "metrics.jsonl", "checkpoints"]
     )
 
     before = tree(finished)

@@ -130,7 +130,7 @@ def test_a_rank_killed_during_a_background_save_tears_nothing_and_hangs_nobody(
 ) -> None:
     run_dir = tmp_path / "run"
     settings = {"checkpoint__interval": 2, "checkpoint__keep": 2, "train__steps": MANY}
-    run = commands.start_train(run_dir, 3, **settings)
+    run = commands.start_train(run_dir, 3, **settings, launch__restart=False)
     assert run.wait_until(lambda: len(checkpoint_names(run_dir)) > 0), run.wait().err
     victim: list[int] = []
 

@@ -1,7 +1,6 @@
 """The command's grammar, its answers to mistakes, and its exit codes; no training, no engine."""
 
 import argparse
-import signal
 import subprocess
 import sys
 import types
@@ -144,22 +143,6 @@ def test_only_the_first_rank_of_a_node_tells_of_a_bad_config(
     monkeypatch.setenv("LOCAL_RANK", "0")
     code, err = answer(bad, capsys)
     assert code == 2 and "none.yaml" in err
-
-
-def test_ctrl_c_on_a_single_rank_saves_once_training_listens() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    asked: list[int] = []
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with pytest.raises(KeyboardInterrupt):
-            cli._stop_and_save(signal.SIGINT, None)
-        signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-        cli._stop_and_save(signal.SIGINT, None)
-        assert asked == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the next one ends it"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_help_and_config_errors_load_no_torch() -> None:

@@ -1,0 +1,117 @@
+"""One run in one folder: whoever leads a run holds its folder until it ends, however it ends.
+
+Knows files and locks, nothing of runs. The lock is the kernel's, on a file that says who holds it, so that it cannot
+outlive its holder: not a kill, not a power cut. Between the nodes of a cluster it counts where the shared file system
+passes locks on, as NFS, Lustre (mounted with `flock`), GPFS and CephFS do; where one says that it does not, the run
+goes on with a warning.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gptdist.errors import LaunchError
+
+LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def hold_run(run_dir: Path, job: str) -> Iterator[int | None]:
+    """Hold the folder; gives the lock's file descriptor, which must not be inherited. `job`: what to name it by.
+
+    None where the folder cannot be made or written: what that means for the run is not for this to say. Nothing stays
+    behind. Raises LaunchError where another run holds it.
+    """
+    made = _missing_folders(run_dir)
+    fd = _open_locked(run_dir, job)
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            with suppress(OSError):
+                (run_dir / LOCK_FILE).unlink()  # while it is held, so that it cannot be another's
+            os.close(fd)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()  # of a run that left nothing in it
+
+
+def _missing_folders(run_dir: Path) -> list[Path]:
+    """The innermost first."""
+    missing = []
+    for folder in (run_dir, *run_dir.parents):
+        if folder.exists():
+            break
+        missing.append(folder)
+    return missing
+
+
+def _open_locked(run_dir: Path, job: str) -> int | None:
+    path = run_dir / LOCK_FILE
+    while True:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_there(fd, path):  # its last holder has removed it in the meantime
+                os.close(fd)
+                continue
+            _write_holder(fd, job)
+            return fd
+        except BlockingIOError:
+            holder = _read_holder(fd)
+            os.close(fd)
+            raise LaunchError(_refusal(run_dir, holder)) from None
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in _NO_LOCKS:
+                return None
+            print(
+                f"warning: {run_dir} is on a file system without locks; take care that no other run uses it.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+
+
+def _is_there(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_holder(fd: int, job: str) -> None:
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": time.time()}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(holder).encode(), 0)
+
+
+def _read_holder(fd: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+    except (ValueError, OSError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
+    who = "another run"
+    if holder:
+        who = f"the run on {holder.get('host')}, process {holder.get('pid')} ({holder.get('job')})"
+    return (
+        f"{run_dir} is in use by {who}; two runs in one folder would overwrite each other's checkpoints. Wait for it "
+        "or end it (`gptdist stop`), or set launch.run_dir to another folder."
+    )
