@@ -158,16 +158,18 @@ class TrainEngine(InferenceEngine):
         self.network.seed_dropout(self.seed, step)
         loss, result = self.zero.step(micro_batches, learning_rate)
         flags = astuple(wishes or Wishes())
-        mine = torch.zeros(1 + len(flags), dtype=torch.float64)
-        mine[1:] = torch.tensor(flags)
+        mine = torch.zeros(2 + len(flags), dtype=torch.float64)
+        mine[2:] = torch.tensor(flags)
+        if not self.groups.global_rank:
+            mine[1] = result.grad_norm  # one rank's for all: decisions hang on it, and groups may sum in other orders
         mine = mine.to(self.network.device)
         if self.groups.is_last_stage and not self.groups.tensor_rank:
             mine[0] = loss.detach()
         dist.all_reduce(mine)
-        loss_sum, *wished = mine.tolist()
+        loss_sum, norm, *wished = mine.tolist()
         total = loss_sum / self.layout.data
         skipped = result.skipped or not math.isfinite(total)
-        return StepReport(total, result.grad_norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)))
+        return StepReport(total, norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)))
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""
