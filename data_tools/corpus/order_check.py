@@ -1,5 +1,4 @@
-"""Proves by counting that the order of a run uses each window of an epoch exactly once, each blend as weighted, and
-every sample but those that are passed over.
+"""Proves by counting: windows exactly once an epoch, blends as weighted, no sample left out but those passed over.
 
 Asks the same orders as training and believes nothing of how they are made. Memory is bounded for any corpus: one bit a
 window, at most `WINDOWS_AT_ONCE` of them at a time.

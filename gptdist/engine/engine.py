@@ -47,6 +47,7 @@ class StepReport:
     skipped: bool  # a loss or gradient was not finite: weights and moments are as before
     loss_scale: float
     wished: Wishes
+    culprits: tuple[int, ...] = ()  # of a skipped step: global ranks whose own numbers were not finite, where known
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,16 @@ class TrainEngine(InferenceEngine):
         loss_sum, norm, *wished = mine.tolist()
         total = loss_sum / self.layout.data
         skipped = result.skipped or not math.isfinite(total)
-        return StepReport(total, norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)))
+        culprits = self._culprits(loss) if skipped else ()
+        return StepReport(total, norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)), culprits)
+
+    def _culprits(self, loss: Tensor) -> tuple[int, ...]:
+        """Whose loss or gradients were not finite, the same on every rank."""
+        bad = torch.zeros(self.layout.world_size, device=self.network.device)
+        if not (bool(torch.isfinite(loss)) and self.zero.own_are_finite()):
+            bad[self.groups.global_rank] = 1
+        dist.all_reduce(bad)
+        return tuple(bad.nonzero().flatten().tolist())
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""

@@ -19,7 +19,7 @@ from gptdist.data.samples import SampleSource
 from gptdist.engine.engine import StepReport, TrainEngine, Wishes
 from gptdist.monitor.sinks import Sinks
 from gptdist.monitor.throughput import Throughput, memory_bytes
-from gptdist.train.guards import SkipCounter, StopSignals, find_stop_file, take_stop_file
+from gptdist.train.guards import SkipCounter, StopSignals, find_stop_file, on_ranks, take_stop_file
 from gptdist.train.lost_shards import AgreeingLoader
 from gptdist.train.progress import Progress
 from gptdist.train.rollback import check_may_roll_back, gaps_of, plan_rollback
@@ -141,7 +141,10 @@ class TrainLoop:
         if searching:
             self._skips.total += 1
         else:
-            self._skips.update(report.skipped, progress.step)
+            if report.skipped:
+                where = on_ranks(report.culprits)
+                self.sinks.text(progress.step, "skipped step", f"the loss or a gradient was not finite{where}")
+            self._skips.update(report.skipped, progress.step, report.culprits)
         progress.skipped_in_a_row, progress.skipped_total = self._skips.in_a_row, self._skips.total
         if progress.step % self.sections.monitor.log_interval and progress.step not in (1, train.steps):
             return
@@ -193,9 +196,11 @@ class TrainLoop:
         if train.spike_action != "rollback":
             return False
         check_may_roll_back(spike, earlier, train.max_rollbacks)
+        self.clock.phase("saving")
         self.saver.wait()
         while self.saver.poll():
             self._settle_save()
+        self.clock.phase("loading")
         found = self.actions.go_back(spike.first_step)
         if found is None:
             self.sinks.text(spike.step, "no rollback", f"there is no checkpoint from before step {spike.first_step}")

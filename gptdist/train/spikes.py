@@ -20,8 +20,9 @@ from gptdist.config.sections import TrainConfig
 
 SUSTAINED = 4
 """So many suspect steps in a row are a spike; one alone may be an odd batch."""
-EXTREME = 2.5
-"""One step this many times `train.spike_factor` above the median is a spike by itself."""
+EXTREME = 2.0
+"""A loss this many times `train.spike_factor` above its median is a spike by itself. A gradient norm is not: in sound
+runs single ones stand out by 20 deviations, and once clipped they do nothing."""
 _TO_DEVIATIONS = 1.4826
 # However quiet a run is, less than so much of its loss, or of a factor of its gradient norm, is not noise to speak of.
 _LEAST_LOSS_DEVIATION = 0.005
@@ -86,8 +87,8 @@ class SpikeWatch:
         if skipped or not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return None
         log_norm = math.log(grad_norm) if grad_norm > 0 else None
-        score, text = self._judge(loss, log_norm)
-        if score < self._factor:
+        of_loss, of_norm = self._scores(loss, log_norm)
+        if max(of_loss, of_norm) < self._factor:
             self._suspects, self._told = 0, False
             self._learn(loss, log_norm)
             return None
@@ -98,36 +99,27 @@ class SpikeWatch:
             if self._suspects > self._window:
                 self._forget()  # it has stayed there: that is how things are now
             return None
-        if self._suspects < SUSTAINED and score < EXTREME * self._factor:
+        if self._suspects < SUSTAINED and of_loss < EXTREME * self._factor:
             return None
         self._told = True
         self.total += 1
-        return self._spike(step, text)
-
-    def _spike(self, step: int, text: str) -> Spike:
         wanted = self._since - self._lead - 1  # the step before the window
-        before, samples = next((entry for entry in self._recent if entry[0] >= wanted), self._recent[0])
-        in_a_row = f", the last of {self._suspects} suspect steps in a row" if self._suspects > 1 else ""
-        return Spike(step, before + 1, samples, f"step {step}: {text}{in_a_row}")
-
-    def _judge(self, loss: float, log_norm: float | None) -> tuple[float, str]:
-        """The higher one of both scores, in robust deviations, and what to say of it."""
-        if len(self._losses) < max(self._window // 2, 1):
-            return 0.0, ""
-        middle, deviation = _middle(self._losses)
-        deviation = max(deviation, _LEAST_LOSS_DEVIATION * abs(middle))
-        score = _score(loss - middle, deviation)
-        text = f"loss {loss:.4f}, {score:.1f} robust deviations above {middle:.4f}, its median of {len(self._losses)}"
-        if log_norm is None or not self._log_norms:
-            return score, text
-        middle, deviation = _middle(self._log_norms)
-        norm_score = _score(log_norm - middle, max(deviation, _LEAST_NORM_DEVIATION))
-        if norm_score <= score:
-            return score, text
-        return norm_score, (
-            f"gradient norm {math.exp(log_norm):.4g}, {norm_score:.1f} robust deviations above {math.exp(middle):.4g}, "
-            f"its median of {len(self._log_norms)}"
+        before, consumed = next(entry for entry in self._recent if entry[0] >= wanted)
+        in_a_row = f"; suspect since step {self._since}" if self._since < step else ""
+        text = (
+            f"step {step}: loss {loss:.4f}, {of_loss:.1f} robust deviations above its median {median(self._losses):.4f}"
         )
+        text += f"; gradient norm {grad_norm:.3g}, {of_norm:.1f} above its own{in_a_row}"
+        return Spike(step, before + 1, consumed, text)
+
+    def _scores(self, loss: float, log_norm: float | None) -> tuple[float, float]:
+        """How far loss and gradient norm are above their medians, in robust deviations; 0 where that is not known."""
+        if len(self._losses) < max(self._window // 2, 1):
+            return 0.0, 0.0
+        of_loss = _score(loss, self._losses, _LEAST_LOSS_DEVIATION * abs(median(self._losses)))
+        if log_norm is None or not self._log_norms:
+            return of_loss, 0.0
+        return of_loss, _score(log_norm, self._log_norms, _LEAST_NORM_DEVIATION)
 
     def _learn(self, loss: float, log_norm: float | None) -> None:
         self._losses.append(loss)
@@ -145,13 +137,9 @@ def steps_to_look_back(train: TrainConfig) -> int:
     return SUSTAINED + train.spike_lead
 
 
-def _middle(values: deque[float]) -> tuple[float, float]:
-    """Median and robust deviation."""
-    middle = median(values)
-    return middle, _TO_DEVIATIONS * median(abs(value - middle) for value in values)
-
-
-def _score(above: float, deviation: float) -> float:
-    if above <= 0:
+def _score(value: float, usual: deque[float], least_deviation: float) -> float:
+    middle = median(usual)
+    deviation = max(_TO_DEVIATIONS * median(abs(other - middle) for other in usual), least_deviation)
+    if value <= middle:
         return 0.0
-    return above / deviation if deviation > 0 else math.inf
+    return (value - middle) / deviation if deviation > 0 else math.inf
