@@ -20,7 +20,7 @@ EVALUATION_LOSS = "evaluation_loss"
 @dataclass(frozen=True)
 class Retention:
     """The newest `keep` stay (None: all), those of steps that `every` divides, the `best` by evaluation loss, and the
-    newest that is at least `behind` steps older than what was just saved (0: none for that)."""
+    newest that is at least `behind` steps older than what was just saved, with the next that will be (0: neither)."""
 
     keep: int | None = None
     every: int = 0
@@ -42,7 +42,8 @@ def prune(
     good: dict[Path, Manifest] = {}
     kept = set(needed)
     verified = False
-    behind = not retention.behind  # whether there is one that far behind
+    limit = step_of(just_saved) - retention.behind
+    behind = not retention.behind  # whether one was found that is far enough behind
     for path in folders:
         enough = retention.keep is not None and sum(other not in superseded for other in good) >= retention.keep
         every = bool(retention.every) and step_of(path) % retention.every == 0
@@ -61,15 +62,23 @@ def prune(
         if not verified and verified_at(path, manifest):
             verified = True
             kept.add(path)
-        if not behind and step_of(path) <= step_of(just_saved) - retention.behind and path not in superseded:
-            behind = True
-            kept.add(path)
+        behind = behind or step_of(path) <= limit
         good[path] = manifest
-    kept |= _best({path: manifest for path, manifest in good.items() if path not in superseded}, retention.best)
+    current = {path: manifest for path, manifest in good.items() if path not in superseded}
+    kept |= _best(current, retention.best)
+    if retention.behind:
+        kept |= _behind(list(current), limit)
     gone = [path for path in folders if path not in kept]
     for path in gone:
         doom(path)
     return gone
+
+
+def _behind(newest_first: list[Path], limit: int) -> set[Path]:
+    """The newest of a step up to `limit`, and the oldest after it, which will be that one day."""
+    far = [path for path in newest_first if step_of(path) <= limit]
+    near = [path for path in newest_first if step_of(path) > limit]
+    return {*far[:1], *near[-1:]}
 
 
 def _best(good: dict[Path, Manifest], count: int) -> set[Path]:

@@ -188,5 +188,6 @@ def test_an_old_checkpoint_outlives_the_suspect_window(runs: Commands, tmp_path:
     run_dir = tmp_path / "run"
     settings = {**RUN, "checkpoint__interval": 1, "checkpoint__keep": 1, "train__stop_after": 15}
     runs.train(run_dir, 1, **settings).expect(75)
-    assert "back from step 14 to step 12" in json.dumps(texts(run_dir))
+    # 1 and 2, then 6, 10: what is kept for it moves on by so much as a suspect window can be long.
+    assert "back from step 14 to step 9; samples 144 to 167 are" in json.dumps(texts(run_dir))
     assert open_last(run_dir).step == 15
