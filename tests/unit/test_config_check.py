@@ -133,7 +133,7 @@ RAMP = {"start": 4, "increment": 2, "samples": 100}
         (
             {"train__spike_action": "rollback", "checkpoint__interval": 0},
             1,
-            "train.spike_action rollback goes back to a checkpoint, and with checkpoint.interval (0) the run saves only",
+            "rollback goes back to a checkpoint, and with checkpoint.interval (0) the run saves only at its end. Set",
         ),
         (
             {"checkpoint__interval": "auto", "checkpoint__interval_minutes": 5.0},
