@@ -1,4 +1,4 @@
-"""Loss spikes that a run's own data makes: noted, or gone back from, with the samples passed over and all of it recorded.
+"""Loss spikes that a run's own data makes: noted, or gone back from, the samples passed over and all of it recorded.
 
 Through the command. The corpus is text that a tiny model learns at once, and two batches of noise in the middle of it.
 """
