@@ -1,6 +1,6 @@
 """What a run's folder says of the run, to whoever may read it: how far it is, what it saved, what was tried.
 
-Knows the files that ranks and their launcher leave there. Reads only, and asks no process and no Slurm.
+Knows the files that ranks and their launcher leave there. Reads only, and asks no rank and no Slurm.
 """
 
 import json
@@ -18,6 +18,7 @@ from gptdist.config.sections import RunConfig
 from gptdist.errors import ConfigError, GptdistError, LaunchError
 from launch.attempts import ATTEMPTS_FILE, Attempt, Note, read_attempts, read_notes
 from launch.goodput import LoggedStep
+from launch.run_lock import holder_is_alive
 
 CONFIG_FILES = ("config.yaml", "job.yaml")
 """As the run last began, and as it was submitted."""
@@ -38,7 +39,8 @@ class SavedStep:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """`steps`: of the whole run; `latest`: the values last logged with a step's loss, empty before the first."""
+    """`steps`: of the whole run; `latest`: the values last logged with a step's loss, empty before the first;
+    `alive`: whether the process that leads it runs, None where that cannot be told from here."""
 
     run_dir: Path
     steps: int | None
@@ -47,6 +49,12 @@ class RunFiles:
     saved: SavedStep | None
     attempts: tuple[Attempt, ...]
     notes: tuple[Note, ...]
+    alive: bool | None = None
+
+    @property
+    def concerns_slurm(self) -> bool:
+        """Whether jobs of Slurm's may be the run's: not where it was only ever started by hand."""
+        return not self.attempts or any(attempt.allocation.startswith("slurm ") for attempt in self.attempts)
 
     @property
     def last_word(self) -> float | None:
@@ -100,6 +108,7 @@ def read_run(run_dir: Path) -> RunFiles:
         _newest(checkpoints_dir),
         tuple(read_attempts(run_dir)),
         tuple(read_notes(run_dir)),
+        holder_is_alive(run_dir),
     )
 
 

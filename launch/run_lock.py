@@ -45,6 +45,23 @@ def hold_run(run_dir: Path, job: str) -> Iterator[int | None]:
                 folder.rmdir()  # of a run that left nothing in it
 
 
+def holder_is_alive(run_dir: Path) -> bool | None:
+    """Whether the process that holds the folder, or held it last and was killed, runs; None where that cannot be told
+    from this machine. Takes no lock, so that looking hinders nobody."""
+    try:
+        holder = json.loads((run_dir / LOCK_FILE).read_bytes()[:4096])
+        if holder["host"] != socket.gethostname():
+            return None
+        pid = int(holder["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        # Not a zombie: the init process of a container may never reap.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False if Path("/proc/self/stat").exists() else None
+
+
 def _missing_folders(run_dir: Path) -> list[Path]:
     """The innermost first."""
     missing = []

@@ -150,7 +150,10 @@ def _without_an_end(files: RunFiles, last: Attempt, asked: bool, now: float) -> 
         if asked:
             return "lost", f"job {job} is no longer in Slurm's queue, and ended without a word"
         return _by_age(files, now, f"job {job}; Slurm does not answer here")
-    return _by_age(files, now, f"on {', '.join(last.hosts)}")
+    where = f"on {', '.join(last.hosts)}"
+    if files.alive is False:
+        return "lost", f"{where}; its process is gone, and ended without a word"
+    return ("running", where) if files.alive else _by_age(files, now, where)
 
 
 def _by_age(files: RunFiles, now: float, where: str) -> tuple[str, str]:
@@ -166,7 +169,7 @@ def _ended(last: Attempt) -> tuple[str, str]:
     if last.action == "done":
         return "done", "its last step is done"
     if last.action == "stop" and last.exit_code == EXIT_RESUMABLE:
-        return "stopped", reason
+        return "stopped", last.reason or "it was asked to (a STOP file, or train.stop_after)"
     if last.exit_code == EXIT_USER_MISTAKE:
         return "failed", f"a mistake to mend: {reason}"
     if last.exit_code == EXIT_DO_NOT_REQUEUE:

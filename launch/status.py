@@ -60,18 +60,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _gather(run: Path | None) -> list[RunStatus]:
-    owner = None if run is None else _owner(run)
-    queue = _queue(owner)
+    queue, trouble = _queue(None if run is None else _owner(run))
     runs = [run] if run is not None else _all_runs(queue or ())
     found = []
     for path in runs:
         try:
-            found.append(build_status(read_run(path), queue, time.time()))
+            found.append(read_run(path))
         except GptdistError as error:
             if run is not None:
                 raise
             print(f"warning: {error}", file=sys.stderr)
-    return found
+    if trouble and any(files.concerns_slurm for files in found):
+        print(f"warning: {trouble} What follows is from files alone.", file=sys.stderr)
+    return [build_status(files, queue, time.time()) for files in found]
 
 
 def _all_runs(queue: Sequence[QueuedJob]) -> list[Path]:
@@ -85,12 +86,12 @@ def _all_runs(queue: Sequence[QueuedJob]) -> list[Path]:
     return runs
 
 
-def _queue(user: str | None) -> list[QueuedJob] | None:
+def _queue(user: str | None) -> tuple[list[QueuedJob] | None, str]:
+    """The queue, or why it is not known."""
     try:
-        return read_queue(user)
+        return read_queue(user), ""
     except SlurmUnavailable as error:
-        print(f"warning: {error} What follows is from files alone.", file=sys.stderr)
-        return None
+        return None, str(error)
 
 
 def _owner(run: Path) -> str | None:

@@ -97,9 +97,9 @@ def _queue(run_dir: Path, files: RunFiles) -> list[QueuedJob] | None:
     try:
         return read_queue(str(run_dir.stat().st_uid))
     except SlurmUnavailable:
-        if files.attempts and not any(attempt.allocation.startswith("slurm ") for attempt in files.attempts):
-            return None
-        raise
+        if files.concerns_slurm:
+            raise
+        return None
 
 
 def _has_ended(attempts: Sequence[Attempt]) -> bool:

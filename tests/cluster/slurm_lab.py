@@ -176,6 +176,15 @@ class SlurmLab:
         """The nodes of a job, in order."""
         return self.run("scontrol", "show", "hostnames", self.job(job_id)["NodeList"]).expect().out.split()
 
+    def await_nodes(self, count: int) -> None:
+        """Wait until so many are idle or at work."""
+
+        def up() -> bool:
+            words = ("--noheader", "--responding", "--states=idle,mix,alloc", "--format=%D")
+            return sum(map(int, self.run("sinfo", *words).out.split())) == count
+
+        wait_until(up, 60.0, f"{count} nodes", lambda: self.run("sinfo", "-N", "-l").out)
+
     def clear(self) -> None:
         """No jobs, all nodes up."""
         self.run("scancel", "--user=root", "--full", "--signal=KILL")

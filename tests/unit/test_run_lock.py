@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from gptdist.errors import LaunchError
-from launch.run_lock import hold_run
+from launch.run_lock import hold_run, holder_is_alive
 
 
 def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
@@ -22,6 +24,17 @@ def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     with hold_run(run_dir, "local"):
         pass
     assert list(tmp_path.iterdir()) == [], "nothing is left of runs that left nothing"
+
+
+def test_whether_its_holder_lives_is_told_without_a_lock(tmp_path: Path) -> None:
+    assert holder_is_alive(tmp_path) is None
+    with hold_run(tmp_path, "local"):
+        assert holder_is_alive(tmp_path) is True
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    here = os.uname().nodename
+    for host, pid, alive in ((here, int(gone.stdout), False), ("elsewhere", os.getpid(), None), (here, "x", None)):
+        (tmp_path / ".lock").write_text(json.dumps({"host": host, "pid": pid}))
+        assert holder_is_alive(tmp_path) is alive
 
 
 def test_what_the_run_made_stays(tmp_path: Path) -> None:

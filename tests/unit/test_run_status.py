@@ -119,6 +119,8 @@ def test_killed_without_a_word() -> None:
     assert build_status(files(BEGUN), None, NOW).state == "running"  # nobody to ask
     assert build_status(files(BEGUN), None, NOW + 500).state == "silent"
     local = replace(BEGUN, allocation="local")
+    assert build_status(replace(files(local), alive=False), [], NOW).state == "lost"
+    assert build_status(replace(files(local), alive=True), [], NOW + 500).state == "running"
     assert status(files(local)).state == "running"
     assert build_status(files(local), [], NOW + 500).state == "silent"
 
