@@ -38,6 +38,7 @@ class Standing:
     still_seconds: float
     saved_step: int | None = None
     times: tuple[StepTimes, ...] = ()
+    save_seconds: float = 0.0  # what the last save took
 
 
 class Patience:

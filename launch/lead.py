@@ -34,6 +34,7 @@ from launch.messages import (
 from launch.record import Record
 from launch.rules import RESTART, STOP, Decision, Failure
 from launch.slow_ranks import WINDOW, SlowRanks
+from launch.time_limit import NO_TIME_LIMIT, TimeLimit
 from launch.verdict import EXIT_INTERRUPTED, RankEnd, Verdict, judge
 
 SETTLE_SECONDS = 1.0
@@ -69,11 +70,12 @@ class Agent:
 @dataclass(frozen=True)
 class Supervision:
     """What a supervised run has more than one that is only started: a record of its attempts, patience with ranks that
-    hang, an eye on slow ones."""
+    hang, an eye on slow ones and on the time that is left."""
 
     record: Record
     patience: Patience
     slow_ranks: SlowRanks
+    time_limit: TimeLimit = NO_TIME_LIMIT
 
 
 @dataclass
@@ -116,6 +118,7 @@ class Lead:
         self._limit_seconds = limit_seconds
         self._limit = None if limit_seconds is None else clock() + limit_seconds
         self._stop_signal: int | None = None
+        self._stopped_by: str | None = None
         self._interrupted: set[int] = set()  # agents that had a Ctrl-C
         self._passed_on: set[int] = set()
         self._hang: Hang | None = None
@@ -216,6 +219,7 @@ class Lead:
         elif self._supervision:
             self._look_for_hang(self._supervision.patience, now)
             self._look_for_slow_ranks(self._supervision, now)
+            self._look_at_the_clock(self._supervision.time_limit)
 
     def _await_stacks(self, now: float) -> None:
         asked = {rank for rank in self._running() if not self._agent_of(rank).lost}
@@ -249,8 +253,7 @@ class Lead:
         verdict = judge(ends, self._world_size, self._stop_signal, "GPTDIST_DEBUG" in os.environ)
         if verdict.exit_code in (EXIT_DONE, EXIT_RESUMABLE, EXIT_INTERRUPTED):
             if self._supervision:
-                stopped_by = None if self._stop_signal is None else signal.Signals(self._stop_signal).name
-                self._supervision.record.ended(verdict.exit_code, stopped_by, self._standings())
+                self._supervision.record.ended(verdict.exit_code, self._stopped_by, self._standings())
             self._end(verdict)
             return
         culprits: tuple[str, ...] = ()
@@ -269,6 +272,21 @@ class Lead:
             self._deadline = now + STACKS_SECONDS
             self._doing = self._await_stacks
             self._tell_all(Dump())
+
+    def _look_at_the_clock(self, time_limit: TimeLimit) -> None:
+        """Ask the ranks to save and end while there is time for it."""
+        generation = self._generation
+        if self._stop_signal is not None or not generation.began:
+            return
+        saves = [standing.save_seconds for standing in generation.standings.values()]
+        steps = [recent[-1].seconds for recent in generation.recent.values() if recent]
+        if time_limit.is_near(max(saves, default=0.0), max(steps, default=0.0)):
+            left = time_limit.seconds_left
+            self._say(f"stopping: {left:.0f} s of the job's time are left; the ranks save, and the run goes on later")
+            # As if the scheduler had sent its warning; that may come as well.
+            self._stop_signal, self._stopped_by = signal.SIGUSR1, "its time limit"
+            self._passed_on.add(signal.SIGUSR1)
+            self._tell_all(PassOn(number=signal.SIGUSR1))
 
     def _look_for_slow_ranks(self, supervision: Supervision, now: float) -> None:
         generation = self._generation
@@ -323,7 +341,7 @@ class Lead:
         if number in self._passed_on:
             return
         self._passed_on.add(number)
-        self._stop_signal = number
+        self._stop_signal, self._stopped_by = number, signal.Signals(number).name
         if self._doing == self._gather:
             self._end(Verdict(_stopped_code(number)))
             return

@@ -74,6 +74,7 @@ class RankProcess:
             self._still_seconds,
             beat.saved_step,
             self._new_times(beat),
+            beat.save_seconds,
         )
 
     def watch(self, selector: selectors.BaseSelector) -> None:

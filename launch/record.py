@@ -89,7 +89,7 @@ class Record:
         return decision
 
     def ended(self, exit_code: int, stopped_by: str | None, standings: Sequence[Standing]) -> None:
-        """The attempt has ended well. `stopped_by`: the signal that asked for it."""
+        """The attempt has ended well. `stopped_by`: the signal that asked for it, or its time limit."""
         action = DONE if exit_code == EXIT_DONE else STOP
         if exit_code == EXIT_RESUMABLE and stopped_by and self._allocation.can_requeue:
             action = REQUEUE

@@ -41,3 +41,6 @@ class TimeLimit:
     def seconds_left(self) -> float:
         """Infinite where there is no end."""
         return float("inf") if self._end is None else self._end - self._clock()
+
+
+NO_TIME_LIMIT = TimeLimit(None)

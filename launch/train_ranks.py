@@ -3,6 +3,7 @@
 Knows what a supervised run is made of; what a rank does is given.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from launch.record import Allocation, Record
 from launch.run_lock import hold_run
 from launch.slow_ranks import SlowRanks, rank_loads
 from launch.supervise import run_agent
+from launch.time_limit import TimeLimit, find_end
 
 PRELOAD = ("launch.train",)
 
@@ -45,6 +47,7 @@ def train_ranks(
             Record(run_dir, allocation, can_restart=launch.restart, fresh=fresh),
             Patience(launch.hang_timeout, launch.timeout),
             SlowRanks(launch.slow_factor, rank_loads(config.model, layout)),
+            TimeLimit(find_end(os.environ)),
         )
         verdict = run_agent(
             place,

@@ -15,13 +15,16 @@ from launch.lead import Lead, Supervision
 from launch.messages import Beats, Dump, End, Ended, Exit, Hello, Order, PassOn, Signalled, Stacks, Start
 from launch.record import Allocation, Record
 from launch.slow_ranks import SlowRanks
+from launch.time_limit import TimeLimit
 from launch.verdict import RankEnd, Report
 
 
 class Cluster:
     """Nodes of two ranks each, and their lead."""
 
-    def __init__(self, run_dir: Path, nodes: int = 2, slurm: bool = False, supervised: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, nodes: int = 2, slurm: bool = False, supervised: bool = True, limit: float = 1e6
+    ) -> None:
         self.run_dir, self.nodes = run_dir, nodes
         run_dir.mkdir(exist_ok=True)
         self.now = 100.0
@@ -29,7 +32,8 @@ class Cluster:
         self.ports = iter(range(5000, 6000))
         allocation = Allocation("slurm 7", 0, True) if slurm else Allocation()
         record = Record(run_dir, allocation, can_restart=True, fresh=False)
-        supervision = Supervision(record, Patience(10.0, 600.0), SlowRanks(2.0))
+        time_limit = TimeLimit(100.0 + limit, lambda: self.now)
+        supervision = Supervision(record, Patience(10.0, 600.0), SlowRanks(2.0), time_limit)
         self.lead = Lead(
             2 * nodes,
             lambda: ("node0", next(self.ports)),
@@ -52,10 +56,19 @@ class Cluster:
             self.stand(rank, step=step, saved=saved)
         return self
 
-    def stand(self, rank: int, *, step: int = 5, saved: int | None = 3, still: float = 0.0, busy: bool = False) -> None:
+    def stand(
+        self,
+        rank: int,
+        *,
+        step: int = 5,
+        saved: int | None = 3,
+        still: float = 0.0,
+        busy: bool = False,
+        save_seconds: float = 0.0,
+    ) -> None:
         phase, collective = ("forward and backward", None) if busy else ("reducing gradients", "all_reduce")
         times = (StepTimes(step, 0.1, 0, 0.1, 0),)
-        standing = Standing(rank, False, step, phase, collective, still, saved, times)
+        standing = Standing(rank, False, step, phase, collective, still, saved, times, save_seconds)
         self.lead.hear(rank // 2 * 2, Beats(generation=self.generation, standings=(standing,)))
 
     def end(self, rank: int, code: int | None = 0, number: int | None = None, said: Report | None = None) -> None:
@@ -344,3 +357,28 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     lead.welcome(Hello(first_rank=0, ranks=1, host="node0", pid=1))
     with pytest.raises(LaunchError):
         lead.tick()
+
+
+def test_ranks_save_before_the_time_is_over_the_earlier_the_longer_a_save_takes(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "run", slurm=True, limit=1000.0).joined().trains()
+    cluster.stand(1, save_seconds=50.0)
+    cluster.tick(seconds=868.0)  # margin 30, twice a save and a step
+    assert cluster.took(PassOn) == []
+    cluster.tick(2, seconds=1.0)
+    passed = [order for _, order in cluster.took(PassOn)]
+    assert passed == 2 * [PassOn(number=signal.SIGUSR1)]
+    cluster.lead.hear(0, Signalled(number=signal.SIGUSR1))  # the warning of the scheduler, later
+    cluster.tick()
+    assert cluster.took(PassOn) == []
+    for rank in range(4):
+        cluster.end(rank, 75)
+    cluster.tick(2)
+    (attempt,) = read_attempts(cluster.run_dir)
+    assert (attempt.action, attempt.exit_code, attempt.reason) == ("requeue", 75, "stopped by its time limit")
+    assert not attempt.failed
+
+
+def test_nobody_is_asked_to_save_before_training_has_begun(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "run", slurm=True, limit=1000.0).joined()
+    cluster.tick(seconds=995.0)
+    assert cluster.took(PassOn) == []
