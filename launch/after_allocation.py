@@ -21,15 +21,18 @@ from gptdist.errors import (
     LaunchError,
     SlurmRefused,
     SlurmUnavailable,
+    StorageError,
 )
-from launch.attempts import Attempt, begin, end, read_attempts
+from launch.attempts import Attempt, end, read_attempts
 from launch.rules import DONE, REQUEUE, STOP, Failure, decide
+from launch.run_files import read_run
 from launch.slurm import exclude_nodes, requeue
 from launch.slurm_queue import QueuedJob, cancel, read_queue
 
 ASKED_TO_STOP = tuple(128 + number for number in (signal.SIGUSR1, signal.SIGTERM))
 """What a shell says of an srun that such a signal ended before it had started any rank."""
 NO_RANK = "no rank began to train"
+KILLED = Failure("everything was killed at once, without a word: a node lost, or out of memory?", node_lost=True)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,25 +52,43 @@ def main(args: argparse.Namespace) -> int:
 
 def settle(run_dir: Path, allocation: str, restart: int, srun_exit: int) -> Attempt:
     """The last attempt of this allocation with how it ended; where the record lacks that, it is decided and added."""
-    attempts = read_attempts(run_dir)
+    attempts = _read(run_dir)
     mine = [attempt for attempt in attempts if (attempt.allocation, attempt.restart) == (allocation, restart)]
     last = mine[-1] if mine else None
     if last is not None and last.action in (DONE, REQUEUE, STOP):
         return last
-    earlier = attempts[:-1] if last is not None and last.ended is None else attempts
-    if last is None or last.ended is not None:
-        last = _nothing_began(attempts, allocation, restart, len(mine))
-        failure = _failure_without_ranks(attempts, srun_exit)
-        begin(run_dir, last)
+    if last is not None and last.ended is None:
+        earlier, failure = attempts[:-1], KILLED
     else:
-        reason = "everything was killed at once, without a word: a node lost, or out of memory?"
-        failure = Failure(reason, EXIT_FAILED, node_lost=True)
-    ended = replace(last, ended=time.time(), reason=failure.reason, failed=not failure.stopping)
-    decision = decide([*earlier, ended], failure, can_restart=False, can_requeue=True)
-    reason = f"{failure.reason}; {decision.why}" if decision.why else failure.reason
-    ended = replace(ended, reason=reason, exit_code=decision.exit_code, action=decision.action)
-    end(run_dir, ended)
+        earlier, failure = attempts, _failure_without_ranks(attempts, srun_exit)
+        last = _nothing_began(attempts, allocation, restart, len(mine))
+    ended = replace(last, ended=time.time())
+    if srun_exit == EXIT_DONE and _is_complete(run_dir):  # on a disk too full for the record
+        ended = replace(ended, exit_code=EXIT_DONE, action=DONE)
+    else:
+        ended = replace(ended, reason=failure.reason, failed=not failure.stopping)
+        decision = decide([*earlier, ended], failure, can_restart=False, can_requeue=True)
+        reason = f"{failure.reason}; {decision.why}" if decision.why else failure.reason
+        ended = replace(ended, reason=reason, exit_code=decision.exit_code, action=decision.action)
+    try:
+        end(run_dir, ended)
+    except StorageError as error:
+        _say(f"this is not on record: {error}")
     return ended
+
+
+def _read(run_dir: Path) -> list[Attempt]:
+    try:
+        return read_attempts(run_dir)
+    except StorageError as error:
+        _say(f"decided without the record: {error}")
+        return []
+
+
+def _is_complete(run_dir: Path) -> bool:
+    """Whether the last step is saved."""
+    files = read_run(run_dir)
+    return files.saved is not None and files.steps is not None and files.saved.step >= files.steps
 
 
 def _nothing_began(attempts: Sequence[Attempt], allocation: str, restart: int, generation: int) -> Attempt:
@@ -77,7 +98,7 @@ def _nothing_began(attempts: Sequence[Attempt], allocation: str, restart: int, g
 
 def _failure_without_ranks(attempts: Sequence[Attempt], srun_exit: int) -> Failure:
     """Of an allocation in which srun ended before there was anything to record."""
-    if srun_exit in ASKED_TO_STOP:
+    if srun_exit in (EXIT_RESUMABLE, *ASKED_TO_STOP):
         return Failure(f"{NO_RANK} before the job was asked to end", EXIT_RESUMABLE, stopping=True)
     reason = f"{NO_RANK}: srun ended with exit code {srun_exit}; the job's log says more"
     if srun_exit == EXIT_USER_MISTAKE:

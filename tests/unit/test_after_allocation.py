@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from gptdist.errors import StorageError
 from launch import cli
 from launch.attempts import Attempt, begin, end, read_attempts
 from launch.rules import DONE, REQUEUE, RESTART, STOP
+from launch.run_files import RunFiles, SavedStep
 from tests.unit.fake_slurm import FakeSlurm
 
 
@@ -199,3 +201,24 @@ def test_it_is_for_jobs(job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.delenv("SLURM_JOB_ID")
     assert job.ends() == 2
     assert "is for the batch script of a run" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_decision_to_srun(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_full(run_dir: Path, attempt: Attempt) -> None:
+        raise StorageError("disk full.")
+
+    monkeypatch.setattr("launch.after_allocation.end", is_full)
+    assert job.ends(srun_exit=75) == 75
+    assert job.told() == [["requeue", "7"]] and "this is not on record: disk full." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("saved", "code"), [(10, 0), (9, 1)])
+def test_a_good_end_without_a_record_is_believed_where_the_last_step_is_saved(
+    job: Job, monkeypatch: pytest.MonkeyPatch, saved: int, code: int
+) -> None:
+    files = RunFiles(job.run_dir, 10, (), {}, SavedStep(saved, job.run_dir, None, True), (), ())
+    monkeypatch.setattr("launch.after_allocation.read_run", lambda run_dir: files)
+    assert job.ends(srun_exit=0) == code
+    assert read_attempts(job.run_dir)[0].action == (STOP if code else DONE)
