@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from gptdist.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, GptdistError
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, GptdistError, NodeUnfit
 from gptdist.world import World
 from launch.stacks import answer_stacks
 from launch.verdict import Report
@@ -148,6 +148,7 @@ def _report(error: BaseException, report_fd: int) -> int:
         deliberate=isinstance(error, GptdistError | SystemExit),
         echo=_is_echo(error),
         at_nanoseconds=time.monotonic_ns(),
+        unfit=error.hosts if isinstance(error, NodeUnfit) else (),
     )
     try:
         with open(report_fd, "wb") as pipe:

@@ -260,7 +260,10 @@ class Lead:
         if verdict.global_rank is not None and not verdict.deliberate:
             culprits = (self._host_of(verdict.global_rank),)
             verdict = replace(verdict, message=f"{verdict.message} {self._where(verdict.global_rank)}".rstrip())
-        self._fail(verdict, Failure(verdict.message, verdict.exit_code, culprits, deliberate=verdict.deliberate))
+        failure = Failure(verdict.message, verdict.exit_code, culprits, deliberate=verdict.deliberate)
+        if verdict.unfit:  # others may be fit, so it need not fail again
+            failure = replace(failure, culprits=verdict.unfit, unfit=True, deliberate=False)
+        self._fail(verdict, failure)
 
     def _look_for_hang(self, patience: Patience, now: float) -> None:
         running = [self._generation.standings.get(rank) for rank in self._running()]

@@ -3,7 +3,6 @@
 Knows processes and pipes. How the ranks of a run stand to each other, and what follows from an end, is the lead's.
 """
 
-import json
 import os
 import selectors
 import sys
@@ -101,7 +100,7 @@ class RankProcess:
             self.global_rank,
             exit_code=code if code >= 0 else None,
             signal_number=-code if code < 0 else None,
-            report=Report(**json.loads(self._report)) if self._report.endswith(b"}") else None,
+            report=Report.read(self._report) if self._report.endswith(b"}") else None,
             at_nanoseconds=time.monotonic_ns(),
         )
         # One that leaves in the middle has left the others alone, whatever its exit code says.

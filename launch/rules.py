@@ -23,7 +23,8 @@ RESTARTS_WITHOUT_PROGRESS = 3
 @dataclass(frozen=True)
 class Failure:
     """How a set of ranks failed. `culprits`: hosts. `deliberate`: an error that gptdist raised on purpose, which would
-    be raised again. `stopping`: a stop was asked for before."""
+    be raised again. `unfit`: the culprits cannot take part, whatever runs on them. `stopping`: a stop was asked for
+    before."""
 
     reason: str
     exit_code: int = EXIT_FAILED
@@ -31,6 +32,7 @@ class Failure:
     node_lost: bool = False
     deliberate: bool = False
     stopping: bool = False
+    unfit: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def decide(attempts: Sequence[Attempt], failure: Failure, *, can_restart: bool, 
         return Decision(STOP, EXIT_DO_NOT_REQUEUE, why=_given_up(attempts))
     if failure.node_lost:
         return Decision(REQUEUE if can_requeue else STOP, EXIT_RESUMABLE, failure.culprits)
+    if failure.unfit:
+        return Decision(REQUEUE, EXIT_RESUMABLE, failure.culprits) if can_requeue else Decision(STOP, failure.exit_code)
     if not any(_worked(attempt) for attempt in attempts):
         return Decision(STOP, failure.exit_code)
     repeated = _repeated(attempts, failure)

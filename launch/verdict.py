@@ -4,6 +4,7 @@ Pure: knows no process, pipe or clock. When one rank fails, the others usually f
 the verdict is about the rank that failed first by itself.
 """
 
+import json
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ _DEADLY = {signal.SIGKILL: "out of memory?", signal.SIGSEGV: "a crash in native 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank said about the exception that ended it. `echo`: it only repeats another rank's trouble."""
+    """What a rank said about the exception that ended it. `echo`: it only repeats another rank's trouble. `unfit`:
+    hosts that cannot take part in the run."""
 
     kind: str
     message: str
@@ -25,6 +27,13 @@ class Report:
     deliberate: bool
     echo: bool
     at_nanoseconds: int
+    unfit: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, content: bytes | bytearray) -> "Report":
+        """From the JSON that the rank wrote."""
+        fields = json.loads(content)
+        return cls(**{**fields, "unfit": tuple(fields["unfit"])})
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,14 @@ class RankEnd:
 @dataclass(frozen=True)
 class Verdict:
     """`message` is empty where there is nothing to say. `global_rank`: the rank that failed first by itself, where that
-    is known. `deliberate`: with an error that gptdist raised on purpose."""
+    is known. `deliberate`: with an error that gptdist raised on purpose. `unfit`: hosts to do without."""
 
     exit_code: int
     message: str = ""
     traceback: str = ""
     global_rank: int | None = None
     deliberate: bool = False
+    unfit: tuple[str, ...] = ()
 
 
 def judge(ends: Sequence[RankEnd], world_size: int, stop_signal: int | None = None, debug: bool = False) -> Verdict:
@@ -77,7 +87,7 @@ def judge(ends: Sequence[RankEnd], world_size: int, stop_signal: int | None = No
     culprit = None if report.echo else first.global_rank
     if report.deliberate:
         traceback = report.traceback if debug else ""
-        return Verdict(report.exit_code, prefix + report.message, traceback, culprit, deliberate=True)
+        return Verdict(report.exit_code, prefix + report.message, traceback, culprit, True, report.unfit)
     message = f"{prefix}{report.kind}: {report.message}" if report.message else f"{prefix}{report.kind}"
     return Verdict(report.exit_code, message, report.traceback, culprit)
 

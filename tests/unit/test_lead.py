@@ -188,6 +188,20 @@ def test_what_is_the_users_to_mend_ends_it_at_once(cluster: Cluster) -> None:
     assert read_attempts(cluster.run_dir) == [], "training had not begun"
 
 
+@pytest.mark.parametrize(("slurm", "code"), [(True, 75), (False, 1)])
+def test_a_node_that_is_unfit_before_the_first_step(slurm: bool, code: int, tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "run", slurm=slurm).joined()
+    cluster.generation = 0
+    unfit = replace(said("node1 cannot take part", deliberate=True), unfit=("node1",))
+    for rank in range(4):
+        cluster.end(rank, 1, said=unfit)
+    cluster.tick(3)
+    verdict = cluster.lead.verdict
+    assert verdict is not None and (verdict.exit_code, verdict.message) == (code, "node1 cannot take part")
+    attempts = [(each.action, each.culprits) for each in read_attempts(cluster.run_dir)]
+    assert attempts == ([("requeue", ("node1",))] if slurm else []), "locally nothing had begun"
+
+
 def test_a_rank_that_just_leaves_in_the_middle(cluster: Cluster) -> None:
     cluster.trains()
     end = RankEnd(1, 0, None, None, int(cluster.now * 1e9), premature=True)

@@ -35,7 +35,7 @@ WORDS = (
     Ended(generation=0, end=RankEnd(1, None, 9, None, 5), now_nanoseconds=7),
     Ended(
         generation=0,
-        end=RankEnd(1, 1, None, Report("E", 'a\n"é', "T", 1, True, False, 3), 5, True),
+        end=RankEnd(1, 1, None, Report("E", 'a\n"é', "T", 1, True, False, 3, ("node1",)), 5, True),
         now_nanoseconds=7,
     ),
     Stacks(generation=2, stacks=(RankStack(0, "a\nb", "all_reduce"), RankStack(1, ""))),

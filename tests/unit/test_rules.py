@@ -46,6 +46,14 @@ def test_a_lost_node_is_left_out() -> None:
         assert asked(history, lost, requeue=False) == Decision(STOP, 75, ("node2",))
 
 
+def test_an_unfit_node_is_left_out_though_nothing_ever_worked() -> None:
+    unfit = Failure("node2 cannot take part", culprits=("node2",), unfit=True)
+    for history in ([attempt(last=5)], [attempt()]):
+        assert asked(history, unfit) == Decision(REQUEUE, 75, ("node2",))
+        assert asked(history, unfit, requeue=False) == Decision(STOP, 1)
+    assert asked([attempt()] * 5, unfit).exit_code == 93, "not for ever"
+
+
 def test_a_node_at_fault_twice_in_one_allocation_is_left_out() -> None:
     before = attempt(last=5, saved=4, culprits=("node2",))
     again = attempt(start=4, last=9, saved=8, culprits=("node2",))
@@ -114,15 +122,15 @@ steps = st.integers(0, 40)
 
 @given(
     st.lists(st.tuples(steps, steps, st.booleans(), st.sampled_from([RESTART, REQUEUE, STOP, None])), max_size=12),
-    st.tuples(*[st.booleans()] * 5),
+    st.tuples(*[st.booleans()] * 6),
 )
 def test_every_history_has_an_answer(rows: list[tuple[int, int, bool, str | None]], flags: tuple[bool, ...]) -> None:
-    restart, requeue, lost, deliberate, stopping = flags
+    restart, requeue, lost, deliberate, stopping, unfit = flags
     history = [
         attempt(a, a + b, a + b if b % 3 else None, failed=failed, action=action) for a, b, failed, action in rows
     ]
-    failure = Failure("x", 1, ("node1",), lost, deliberate, stopping)
+    failure = Failure("x", 1, ("node1",), lost, deliberate, stopping, unfit)
     decision = asked([*history, attempt(last=1)], failure, restart, requeue)
     assert decision.exit_code != 0
-    assert decision.action != RESTART or (restart and not (lost or deliberate or stopping))
+    assert decision.action != RESTART or (restart and not (lost or deliberate or stopping or unfit))
     assert decision.action != REQUEUE or (requeue and decision.exit_code == 75)

@@ -1,7 +1,9 @@
 """Which of several failures is the run's, over every order in which ranks may end."""
 
 import itertools
+import json
 import signal
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -31,6 +33,13 @@ def killed(global_rank: int, number: int, at: int = 0) -> RankEnd:
 )
 def test_exit_codes_of_quiet_ends(codes: tuple[int, ...], code: int) -> None:
     assert judge([ends(rank, value) for rank, value in enumerate(codes)], len(codes)).exit_code == code
+
+
+def test_hosts_that_cannot_take_part_are_passed_on() -> None:
+    said = replace(report("node7 cannot take part", 3, "NodeUnfit", deliberate=True), unfit=("node7",))
+    assert Report.read(json.dumps(asdict(said)).encode()) == said
+    verdict = judge([fails(0, said), fails(1, said)], 2)
+    assert (verdict.unfit, verdict.exit_code, verdict.message) == (("node7",), 1, "node7 cannot take part")
 
 
 def test_first_real_error_wins_in_any_order() -> None:
