@@ -98,7 +98,9 @@ def _nothing_began(attempts: Sequence[Attempt], allocation: str, restart: int, g
 
 def _failure_without_ranks(attempts: Sequence[Attempt], srun_exit: int) -> Failure:
     """Of an allocation in which srun ended before there was anything to record."""
-    if srun_exit in (EXIT_RESUMABLE, *ASKED_TO_STOP):
+    if srun_exit == EXIT_RESUMABLE:
+        return Failure("the ranks ended to go on later, without a record of it", srun_exit, stopping=True)
+    if srun_exit in ASKED_TO_STOP:
         return Failure(f"{NO_RANK} before the job was asked to end", EXIT_RESUMABLE, stopping=True)
     reason = f"{NO_RANK}: srun ended with exit code {srun_exit}; the job's log says more"
     if srun_exit == EXIT_USER_MISTAKE:
