@@ -95,3 +95,9 @@ class WorkerFailed(GptdistError):
 
 class TrainingDiverged(GptdistError):
     """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class TooManySpikes(GptdistError):
+    """The loss spiked again after all the rollbacks that a run may make: to start it again as it is would not help."""
+
+    exit_code = EXIT_DO_NOT_REQUEUE

@@ -19,26 +19,26 @@ from gptdist.checkpoint.uploads import Uploader
 from gptdist.checkpoint.verified import mark_verified, verified_at
 from gptdist.checkpoint.write import SaveOptions
 from gptdist.comms import Comms
-from gptdist.config.sections import CheckpointConfig, RunConfig
+from gptdist.config.sections import RunConfig
 from gptdist.errors import CheckpointError, ConfigError, NoGoodCheckpoint, StorageError
 from gptdist.model.parameters import parameter_count
 from gptdist.monitor.heartbeat import Heartbeat
 from gptdist.remote import RemoteFolder, without_secrets
+from gptdist.train.spikes import steps_to_look_back
 from gptdist.world import World
 from launch.rendezvous import open_channel
+from launch.stored import checkpoints_dir
 
 LONGEST_UPLOAD_SECONDS = 24 * 3600.0
 LONGEST_SAVE_SECONDS = 3600.0
 """A rank whose file takes longer than this, or than launch.timeout where that is more, is given up."""
 
 
-def checkpoints_dir(config: RunConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
-
-
-def retention_of(config: CheckpointConfig) -> Retention:
-    return Retention(config.keep, config.keep_every, config.keep_best)
+def retention_of(config: RunConfig) -> Retention:
+    """What stays; where the run may go back after a spike, so does one that is older than any suspect window."""
+    checkpoint, train = config.checkpoint, config.train
+    behind = steps_to_look_back(train) if train.spike_action == "rollback" else 0
+    return Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best, behind)
 
 
 def open_uploader(config: RunConfig, world: World) -> Uploader | None:
@@ -65,7 +65,7 @@ def open_saver(
         return uploading if checkpoint.read_back or resumed_from is None else [*uploading, resumed_from]
 
     options = SaveOptions(
-        retention_of(checkpoint),
+        retention_of(config),
         checkpoint.read_back,
         Path(checkpoint.staging_dir) if checkpoint.staging_dir else None,
         protected,
@@ -143,7 +143,7 @@ def check_room(config: RunConfig) -> str | None:
     folder = checkpoints_dir(config)
     try:
         # Weights and two moments, 4 bytes each.
-        room = look_for_room(folder, 12 * parameter_count(config.model), retention_of(config.checkpoint))
+        room = look_for_room(folder, 12 * parameter_count(config.model), retention_of(config))
         room = replace(room, free=room.free + rubbish_bytes(folder))  # the first save begins by deleting it
     except OSError as error:
         raise StorageError(

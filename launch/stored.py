@@ -1,4 +1,4 @@
-"""The config and the tokenizer of a checkpoint, without torch: for tools that compute nothing.
+"""Where checkpoints are, and the config and the tokenizer of one, without torch: for tools that compute nothing.
 
 Knows a run's folder and a checkpoint's run state. Loads no weights.
 """
@@ -18,6 +18,11 @@ from gptdist.model.parameters import logical_shapes
 from gptdist.remote import is_url, without_secrets
 
 TOKENIZER_FILE = "tokenizer.json"
+
+
+def checkpoints_dir(config: RunConfig) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(config.checkpoint.dir or Path(config.launch.run_dir) / "checkpoints")
 
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:

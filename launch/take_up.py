@@ -1,6 +1,6 @@
-"""Where a run begins: its own newest good checkpoint, another run's weights, or initial ones.
+"""Where a run begins: its own newest good checkpoint, another run's weights, or initial ones; where it goes back to.
 
-Every rank calls it, and every decision and error is the same on all of them. Nothing is written.
+Every rank calls it, and every decision and error is the same on all of them. Nothing is written; going back deletes.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptdist.checkpoint.read import Checkpoint, open_newest
+from gptdist.checkpoint.read import Checkpoint, find_latest, open_newest
+from gptdist.checkpoint.retention import EVALUATION_LOSS
+from gptdist.checkpoint.write import remove_checkpoints
 from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.engine.engine import TrainEngine
@@ -16,7 +18,9 @@ from gptdist.engine.partition import TensorSource
 from gptdist.layout import Layout
 from gptdist.train.compatible import check_can_begin, check_resumable, check_same_model, resume_notes
 from gptdist.train.progress import Progress, check_same_data, restored_progress
+from gptdist.train.rollback import gaps_of
 from launch.saving import check_upload_is_new, find_checkpoint
+from launch.stored import checkpoints_dir
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Start:
     resumed_from: str | None = None
     begun_with: str | None = None
     notes: tuple[str, ...] = ()
+    evaluation_loss: float | None = None  # of the step it resumed from, where there was an evaluation
 
 
 def take_up(
@@ -52,6 +57,25 @@ def take_up(
     return Start(Progress())
 
 
+def go_back(
+    before_step: int, config: RunConfig, layout: Layout, engine: TrainEngine, comms: Comms, identity: Mapping[str, Any]
+) -> Start | None:
+    """Fill the engine, which has trained on, from the newest good checkpoint before a step, and delete those from that
+    step on. None, and nothing was done, where the run has no checkpoint before it.
+
+    Not while a save is under way. Raises NoGoodCheckpoint.
+    """
+    folder = checkpoints_dir(config)
+    found = find_latest(folder, comms, before_step=before_step, trust_others=config.checkpoint.trust_others)
+    if found is None:
+        return None
+    _say_skipped(found.skipped, comms)
+    with found.checkpoint as checkpoint:
+        start = _resume(checkpoint, config, layout, engine, comms, identity)
+    remove_checkpoints(folder, before_step, comms)
+    return start
+
+
 def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Logical name -> shape of a checkpoint's weights."""
     names = checkpoint.names("weight/")
@@ -70,12 +94,12 @@ def _resume(
     check_resumable(checkpoint.names(), state, config, where)
     check_same_model(weight_shapes(checkpoint), config.model, where)
     progress = restored_progress(state)
-    check_same_data(state["data"], dict(identity), progress.samples, where)
+    check_same_data(state["data"], dict(identity), gaps_of(progress.rollbacks).settled(progress.samples), where)
     with comms.together():
         engine.read(TensorSource(checkpoint), state["engine"])
     engine.refresh()
     notes = resume_notes(state, config, layout.describe())
-    return Start(progress, resumed_from=where, notes=tuple(notes))
+    return Start(progress, resumed_from=where, notes=tuple(notes), evaluation_loss=state.get(EVALUATION_LOSS))
 
 
 def _begin_with(

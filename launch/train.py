@@ -45,6 +45,7 @@ from gptdist.train.progress import (
     data_identity,
     run_state,
 )
+from gptdist.train.rollback import gaps_of
 from gptdist.train.sample import generate
 from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, total_samples
@@ -54,12 +55,12 @@ from launch.preflight.check import run_preflight
 from launch.rendezvous import join, leave
 from launch.saving import (
     check_room,
-    checkpoints_dir,
     note_verified,
     open_saver,
     open_uploader,
 )
-from launch.take_up import Start, take_up
+from launch.stored import checkpoints_dir
+from launch.take_up import Start, go_back, take_up
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -183,7 +184,7 @@ def _train(
                 note_verified(Path(start.resumed_from))
         if comms.is_first:
             print(render_run_header(_header(config, layout, engine, data, start)), flush=True)
-            for note in (fit.note, *start.notes, *repeat_notes(config, data), memory_note(config.parallel)):
+            for note in (fit.note, *start.notes, *repeat_notes(config, data, progress), memory_note(config.parallel)):
                 if note:
                     print(f"note    {note}", flush=True)
         if done:
@@ -196,7 +197,7 @@ def _train(
         if saver.background:
             with comms.together():
                 saver.prepare(engine.fragments())
-        plain = _build_loader(config, layout, engine, data)
+        plain = _build_loader(config, layout, engine, data, progress)
         allowed = config.data.max_unreadable_shards
         loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
         patience = config.launch.timeout  # after an error: a save that is being written is worth finishing
@@ -228,7 +229,7 @@ def _check_before_writing(
 ) -> None:
     """What can still be the user's mistake, while no file was made or changed: damaged data, a disk too small."""
     with comms.together():
-        loader = _build_loader(config, layout, engine, data)
+        loader = _build_loader(config, layout, engine, data, progress)
         try:
             loader.start(progress.samples, lambda sample: batch_size_at(sample, config.train, config.schedule))
             loader.next()
@@ -266,9 +267,11 @@ def _write_first(loaded: LoadedRun, comms: Comms, data: RunData, fresh: bool) ->
         print(f"--fresh: earlier checkpoints are now in {moved}", flush=True)
 
 
-def _build_loader(config: RunConfig, layout: Layout, engine: TrainEngine, data: RunData) -> BatchLoader:
+def _build_loader(
+    config: RunConfig, layout: Layout, engine: TrainEngine, data: RunData, progress: Progress
+) -> BatchLoader:
     return BatchLoader(
-        run_source(config, data),
+        run_source(config, data, progress),
         config.train.micro_batch_size,
         engine.groups.data_rank,
         layout.data,
@@ -276,9 +279,9 @@ def _build_loader(config: RunConfig, layout: Layout, engine: TrainEngine, data: 
     )
 
 
-def run_source(config: RunConfig, data: RunData) -> SampleSource:
-    """The samples of the run."""
-    return build_source(config.data, data.train, config.model.sequence_length)
+def run_source(config: RunConfig, data: RunData, progress: Progress) -> SampleSource:
+    """The samples of the run, but for those that it is known to pass over."""
+    return build_source(config.data, data.train, config.model.sequence_length, gaps_of(progress.rollbacks))
 
 
 def _sinks(config: RunConfig, comms: Comms, progress: Progress) -> Sinks:
@@ -302,6 +305,10 @@ def _build_loop(
     def state(progress: Progress, evaluation_loss: float | None) -> dict[str, Any]:
         return run_state(progress, config, layout.describe(), data.manifests, engine.state(), evaluation_loss)
 
+    def back(before_step: int) -> tuple[Progress, float | None] | None:
+        start = go_back(before_step, config, layout, engine, comms, data_identity(config, data.manifests))
+        return None if start is None else (start.progress, start.evaluation_loss)
+
     names = short_names(tuple(data.train))
 
     def evaluate(progress: Progress) -> dict[str, float]:
@@ -314,7 +321,8 @@ def _build_loop(
         }
         if len(data.train) == 1:
             return next(iter(by_corpus.values()))
-        phase = loader.source.blend.phase_at(max(0, progress.samples - 1))  # that of the last sample trained on
+        last = max(0, loader.source.gaps.stop(progress.samples) - 1)  # sample trained on
+        phase = loader.source.blend.phase_at(last)
         return blend_values(by_corpus, {names[name]: phase.share(name) for name in data.train})
 
     def sample() -> str:
@@ -329,7 +337,7 @@ def _build_loop(
         engine,
         loader,
         Sections(config.train, config.optimizer, config.schedule, config.checkpoint, config.monitor),
-        Actions(state, evaluate if data.validation else None, sample if config.monitor.sample_interval else None),
+        Actions(state, back, evaluate if data.validation else None, sample if config.monitor.sample_interval else None),
         saver,
         SaveClock(config.checkpoint, world.world_size // world.local_world_size),
         progress,
@@ -361,14 +369,15 @@ def _header(
         begun_with=start.begun_with,
         start_step=start.progress.step,
         start_sample=start.progress.samples,
-        corpora=corpus_uses(config, data),
+        corpora=corpus_uses(config, data, start.progress),
     )
 
 
-def corpus_uses(config: RunConfig, data: RunData) -> tuple[CorpusUse, ...]:
-    """How much of each corpus the whole run takes."""
-    source, samples = run_source(config, data), total_samples(config.train, config.schedule)
-    counts, epochs = source.blend.counts(samples), source.epochs(samples)
+def corpus_uses(config: RunConfig, data: RunData, progress: Progress) -> tuple[CorpusUse, ...]:
+    """How much of each corpus the whole run takes, with what it passes over."""
+    source, trained_on = run_source(config, data, progress), total_samples(config.train, config.schedule)
+    samples = source.gaps.stop(trained_on)
+    counts, epochs = source.blend.counts(samples), source.epochs(trained_on)
     uses = []
     for (name, reader), count in zip(data.train.items(), counts, strict=True):
         split = reader.manifest.split("train")
@@ -376,6 +385,7 @@ def corpus_uses(config: RunConfig, data: RunData) -> tuple[CorpusUse, ...]:
     return tuple(uses)
 
 
-def repeat_notes(config: RunConfig, data: RunData) -> list[str]:
+def repeat_notes(config: RunConfig, data: RunData, progress: Progress) -> list[str]:
     """What to know before a run that reads a corpus more than once."""
-    return [f"{use.name} will be read {use.epochs:.3g} times" for use in corpus_uses(config, data) if use.epochs > 1]
+    uses = corpus_uses(config, data, progress)
+    return [f"{use.name} will be read {use.epochs:.3g} times" for use in uses if use.epochs > 1]

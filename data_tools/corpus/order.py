@@ -42,7 +42,10 @@ class Found:
 
 
 class RunOrder:
-    """The order of the run that `config` describes."""
+    """The order of the run that `config` describes, but for the `gaps` of its source, which may be set.
+
+    Samples have their numbers in the whole order; the schedule counts those that are trained on.
+    """
 
     def __init__(self, config: RunConfig, samples_at_step: SamplesAtStep) -> None:
         self.config = config
@@ -59,17 +62,24 @@ class RunOrder:
             store.close()
 
     @property
-    def total_samples(self) -> int:
+    def trained_samples(self) -> int:
+        """How many samples the run trains on."""
         return self._samples_at_step(self.config.train.steps)
+
+    @property
+    def total_samples(self) -> int:
+        """The sample number behind the run's last."""
+        return self.source.gaps.stop(self.trained_samples)
 
     def step_lines(self, step: int) -> Iterator[str]:
         """Each sample of optimizer step `step`, counted from 1, with the documents it touches."""
         steps = self.config.train.steps
         if not 1 <= step <= steps:
             raise ConfigError(f"step {step} is not one of this run's 1 to {steps} (train.steps).")
-        first, stop = self._samples_at_step(step - 1), self._samples_at_step(step)
-        yield f"step {step:,} of {steps:,}: samples {first:,} to {stop - 1:,}, {stop - first:,} in all"
-        for sample in range(first, stop):
+        counts = np.arange(self._samples_at_step(step - 1), self._samples_at_step(step), dtype=np.int64)
+        samples = self.source.gaps.numbers(counts).tolist()
+        yield f"step {step:,} of {steps:,}: samples {samples[0]:,} to {samples[-1]:,}, {len(samples):,} in all"
+        for sample in samples:
             place = self.source.place(sample)
             chunks, keys = self._touched(place)
             yield (
@@ -94,9 +104,14 @@ class RunOrder:
                 "`gptdist data order CONFIG --step 1` shows what keys look like."
             )
 
-    def step_of(self, sample: int) -> int:
-        """The optimizer step, counted from 1, that trains on a sample."""
-        return bisect_right(range(self.config.train.steps + 1), sample, key=self._samples_at_step)
+    def step_of(self, sample: int) -> int | None:
+        """The optimizer step, counted from 1, that trains on a sample; None where the run passes over it."""
+        count = self.source.gaps.count(sample)
+        return (
+            count
+            if count is None
+            else bisect_right(range(self.config.train.steps + 1), count, key=self._samples_at_step)
+        )
 
     def _shown(self, name: str) -> str:
         """What may be shown of a corpus's name: a URL may hold a secret."""
@@ -138,10 +153,12 @@ class RunOrder:
                 sample = self.source.sample(place)
                 if sample is not None and sample < total:
                     uses.append((sample, place))
-        for sample, place in sorted(uses, key=lambda use: use[0]):
-            yield f"step {self.step_of(sample)}  sample {sample}  epoch {place.epoch}  window {place.window}"
-        steps = {self.step_of(sample) for sample, _ in uses}
-        yield f"{len(uses)} samples in {len(steps)} of {self.config.train.steps} steps"
+        steps = [self.step_of(sample) for sample, _ in uses]
+        for (sample, place), step in sorted(zip(uses, steps, strict=True), key=lambda use: use[0][0]):
+            when = "passed over" if step is None else f"step {step}"
+            yield f"{when}  sample {sample}  epoch {place.epoch}  window {place.window}"
+        trained = [step for step in steps if step is not None]
+        yield f"{len(trained)} samples in {len(set(trained))} of {self.config.train.steps} steps"
 
 
 def chunk_documents(reader: TokenReader, chunk: int) -> ChunkDocuments:

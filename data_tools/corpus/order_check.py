@@ -1,4 +1,4 @@
-"""Proves by counting that the order of a run uses each window of an epoch exactly once, and each blend as weighted.
+"""Proves by counting: windows exactly once an epoch, blends as weighted, no sample left out but those passed over.
 
 Asks the same orders as training and believes nothing of how they are made. Memory is bounded for any corpus: one bit a
 window, at most `WINDOWS_AT_ONCE` of them at a time.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptdist.data.blend import BlendOrder, Phase
+from gptdist.data.gaps import Gaps
 from gptdist.data.order import EpochOrder
 
 WINDOWS_AT_ONCE = 1 << 32  # 512 MiB of bits
@@ -45,6 +46,34 @@ class BlendProof:
     @property
     def holds(self) -> bool:
         return not self.gaps and self.furthest < 1
+
+
+@dataclass(frozen=True)
+class GapsProof:
+    """What was counted of a run that passes over samples: `trained` and `left_out` of the first `samples` numbers, and
+    how many numbers came `wrong`: twice, or in a gap."""
+
+    samples: int
+    trained: int
+    left_out: int
+    wrong: int
+
+    @property
+    def holds(self) -> bool:
+        """Each number is trained on once, or passed over."""
+        return not self.wrong and self.trained + self.left_out == self.samples
+
+
+def prove_gaps(gaps: Gaps, trained: int) -> GapsProof:
+    """Go through the first `trained` samples that a run trains on: their numbers must rise, and none be in a gap."""
+    wrong, last = 0, -1
+    for first in range(0, trained, _SAMPLES_AT_ONCE):
+        numbers = gaps.numbers(np.arange(first, min(first + _SAMPLES_AT_ONCE, trained), dtype=np.int64))
+        wrong += int(np.count_nonzero(np.diff(numbers, prepend=last) < 1))
+        wrong += sum(int(np.count_nonzero((numbers >= start) & (numbers < stop))) for start, stop in gaps.ranges)
+        last = int(numbers[-1])
+    left_out = sum(min(stop, last + 1) - start for start, stop in gaps.ranges if start <= last)
+    return GapsProof(last + 1, trained, left_out, wrong)
 
 
 def prove_epoch(order: EpochOrder, epoch: int, progress: Progress | None = None) -> EpochProof:

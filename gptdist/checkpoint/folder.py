@@ -37,6 +37,12 @@ def parse_step(folder_name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2] or 0)) if found else None
 
 
+def step_of(path: Path) -> int:
+    """The step of a finished checkpoint's folder; -1 for one of any other name."""
+    parsed = parse_step(path.name)
+    return parsed[0] if parsed else -1
+
+
 def step_folders(checkpoints_dir: Path) -> list[Path]:
     """Folders of finished checkpoints, newest first."""
     found = [

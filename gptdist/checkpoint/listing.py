@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, trust_problem
+from gptdist.checkpoint.folder import file_problem, parse_step, step_folders, step_of, trust_problem
 from gptdist.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from gptdist.checkpoint.verified import verified_at
 from gptdist.errors import CheckpointError
@@ -86,11 +86,6 @@ def check_files(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
             raise CheckpointError(problem)
 
 
-def _step(path: Path) -> int:
-    parsed = parse_step(path.name)
-    return parsed[0] if parsed else -1
-
-
 def summarize(path: Path, verify: bool, trust_others: bool = False) -> CheckpointSummary:
     """One checkpoint, good or bad."""
     try:
@@ -98,7 +93,7 @@ def summarize(path: Path, verify: bool, trust_others: bool = False) -> Checkpoin
             check_trust(path)
         manifest = load_manifest(path)
     except CheckpointError as error:
-        return CheckpointSummary(_step(path), path, 0, None, None, None, None, None, None, False, str(error))
+        return CheckpointSummary(step_of(path), path, 0, None, None, None, None, None, None, False, str(error))
     reason = None
     try:
         check_step_name(path, manifest)
@@ -109,7 +104,7 @@ def summarize(path: Path, verify: bool, trust_others: bool = False) -> Checkpoin
         reason = str(error)
     samples, tokens, loss, layout = (manifest.state.get(name) for name in ("samples", "tokens", "loss", "layout"))
     return CheckpointSummary(
-        step=_step(path) if parse_step(path.name) else manifest.step,
+        step=step_of(path) if parse_step(path.name) else manifest.step,
         path=path,
         bytes=manifest.total_bytes,
         created=manifest.created,

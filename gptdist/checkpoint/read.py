@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gptdist.checkpoint.folder import file_problem, parse_step, trust_problem
+from gptdist.checkpoint.folder import file_problem, parse_step, step_of, trust_problem
 from gptdist.checkpoint.fragment import DTYPES, numpy_dtype
 from gptdist.checkpoint.listing import check_step_name, check_trust, find_step_folders
 from gptdist.checkpoint.logical import Box, Shape, render_box
@@ -217,15 +217,25 @@ def open_newest(
 
 
 def find_latest(
-    checkpoints_dir: Path, comms: Comms | None = None, *, verify: bool = True, trust_others: bool = False
+    checkpoints_dir: Path,
+    comms: Comms | None = None,
+    *,
+    before_step: int | None = None,
+    verify: bool = True,
+    trust_others: bool = False,
 ) -> FoundCheckpoint | None:
     """The newest checkpoint whose every byte verifies, the same on all ranks; None only where there is none at all.
-    With `verify` off, sizes are enough.
+    With `before_step`, of steps before that one only; with `verify` off, sizes are enough.
 
     Raises NoGoodCheckpoint, with the reason for each, where there are some but none is good.
     """
     comms = comms or Comms(World())
-    paths = _agreed(lambda: find_step_folders(checkpoints_dir) or [], comms)
+
+    def look() -> list[Path]:
+        found = find_step_folders(checkpoints_dir) or []
+        return [path for path in found if before_step is None or step_of(path) < before_step]
+
+    paths = _agreed(look, comms)
     return _first_good(paths, comms, verify, trust_others) if paths else None
 
 

@@ -56,4 +56,4 @@ def _to_come(existing: int, retention: Retention) -> int:
     """How many more there will be at once: a new one is there before an old one goes."""
     if retention.keep is None or retention.every:
         return AHEAD
-    return min(AHEAD, max(0, retention.keep + retention.best - existing) + 1)
+    return min(AHEAD, max(0, retention.keep + retention.best + 2 * bool(retention.behind) - existing) + 1)

@@ -22,10 +22,13 @@ from gptdist.checkpoint.folder import (
     FOLDER_MODE,
     LATEST,
     commit,
+    doom,
     free_step_path,
     regular_file_size,
     remove_rubbish,
     set_aside,
+    step_folders,
+    step_of,
     storage_error,
     temporary_path,
     trust_problem,
@@ -137,6 +140,19 @@ def set_aside_checkpoints(checkpoints_dir: Path, comms: Comms) -> Path | None:
                 raise storage_error(error, checkpoints_dir, 0) from error
     name = comms.broadcast(None if moved is None else moved.name)
     return None if name is None else checkpoints_dir / name
+
+
+def remove_checkpoints(checkpoints_dir: Path, from_step: int, comms: Comms) -> None:
+    """For a run that goes back to before `from_step`: delete what it saved since, so that no later resume takes it up.
+    Not while a save is under way."""
+    with comms.together():
+        if comms.is_first:
+            try:
+                for path in step_folders(checkpoints_dir):
+                    if step_of(path) >= from_step:
+                        doom(path)
+            except OSError as error:
+                raise storage_error(error, checkpoints_dir, 0) from error
 
 
 def _prepare(checkpoints_dir: Path) -> None:

@@ -329,6 +329,17 @@ def rule_stop_after(config: RunConfig, world_size: int) -> Iterator[Broken]:
         yield Broken(text, ("train.stop_after", "train.steps"))
 
 
+def rule_rollback(config: RunConfig, world_size: int) -> Iterator[Broken]:
+    """Who goes back needs a checkpoint to go back to."""
+    checkpoint = config.checkpoint
+    if config.train.spike_action == "rollback" and not checkpoint.interval and checkpoint.interval_minutes is None:
+        text = (
+            "train.spike_action rollback goes back to a checkpoint, and with checkpoint.interval (0) the run saves "
+            "only at its end. Set checkpoint.interval to a number of steps or auto, or train.spike_action: note."
+        )
+        yield Broken(text, ("train.spike_action", "checkpoint.interval"))
+
+
 def rule_start_from(config: RunConfig, world_size: int) -> Iterator[Broken]:
     """A run resumes its own checkpoints by itself; weights to begin with are another's."""
     start, run_dir, own = config.checkpoint.start_from, config.launch.run_dir, config.checkpoint.dir
@@ -426,6 +437,7 @@ RULES: tuple[Rule, ...] = (
     rule_schedule_order,
     rule_learning_rates,
     rule_stop_after,
+    rule_rollback,
     rule_start_from,
     rule_save_interval,
     rule_keep_best,

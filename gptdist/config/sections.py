@@ -158,6 +158,16 @@ class TrainConfig(Section):
     eval_interval: NonNegativeInt = Field(200, description="Steps between evaluations; 0: only at the end.")
     eval_samples: PositiveInt = Field(64, description="Held-out windows per evaluation, at most what there is.")
     max_skipped_steps: PositiveInt = Field(10, description="Non-finite steps in a row that end the run with exit 1.")
+    spike_action: Literal["off", "note", "rollback"] = Field(
+        "note",
+        description="After a loss spike: note it, or go back to a checkpoint before it and pass over its samples.",
+    )
+    spike_factor: PositiveFloat = Field(
+        6.0, description="Robust deviations of loss or gradient norm above their medians that make a step suspect."
+    )
+    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="Steps that say what is usual.")
+    spike_lead: NonNegativeInt = Field(8, description="Steps before the first suspect one that are suspect as well.")
+    max_rollbacks: NonNegativeInt = Field(3, description="Rollbacks of a run; at one more spike it ends with exit 93.")
     loss_scale: PositiveInt = Field(65536, description="First fp16 loss scale, a power of two.")
     loss_scale_window: PositiveInt = Field(1000, description="Good steps before the fp16 loss scale doubles.")
 

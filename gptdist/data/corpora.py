@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from gptdist.config.sections import BlendPart, DataConfig
 from gptdist.config.weights import whole_weights
 from gptdist.data.blend import BlendOrder, Phase
+from gptdist.data.gaps import Gaps
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.manifest import Manifest
 from gptdist.data.order import EpochOrder, WindowOrder
@@ -65,12 +66,14 @@ def blend_phases(data: DataConfig) -> tuple[Phase, ...]:
     return (_phase(0, data.blend), *(_phase(phase.from_sample, phase.blend) for phase in data.phases))
 
 
-def build_source(data: DataConfig, readers: Mapping[str, TokenReader], sequence_length: int) -> SampleSource:
-    """The samples of a run over the readers of its training split."""
+def build_source(
+    data: DataConfig, readers: Mapping[str, TokenReader], sequence_length: int, gaps: Gaps | None = None
+) -> SampleSource:
+    """The samples of a run over the readers of its training split, but for `gaps`."""
     orders = {name: build_order(data, reader, sequence_length) for name, reader in readers.items()}
     if data.shuffle == "local":
         _check_room(data, readers)
-    return SampleSource(readers, orders, BlendOrder(blend_phases(data)), sequence_length)
+    return SampleSource(readers, orders, BlendOrder(blend_phases(data)), sequence_length, gaps)
 
 
 def build_order(data: DataConfig, reader: TokenReader, sequence_length: int) -> EpochOrder:

@@ -46,7 +46,10 @@ class _Ready:
 
 
 class BatchLoader:
-    """Yields global batches in sample order from any sample on; at most `prefetch` of them wait in memory."""
+    """Yields global batches in sample order from any sample on; at most `prefetch` of them wait in memory.
+
+    Samples are counted as they are trained on; which ones they are is the source's (`SampleSource.gaps`).
+    """
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class BatchLoader:
             done = 0
             for size, samples in ahead:
                 tokens = np.empty((*samples.shape, length), dtype=np.int64)
-                self.source.prepare(sample)
+                self.source.prepare(self.source.gaps.number(sample))
                 self.source.read(located[done : done + samples.size], tokens.reshape(-1, length))
                 yield _Ready(sample, size, torch.from_numpy(tokens), self.source.lost)
                 sample += size
@@ -114,7 +117,7 @@ class BatchLoader:
                 if ahead:
                     break  # the batches before it are good: it is raised when its turn comes
                 raise
-            ahead.append((size, own))
+            ahead.append((size, self.source.gaps.numbers(own)))
             sample += size
             count += own.size
         return ahead

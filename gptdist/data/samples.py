@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptdist.data.blend import BlendOrder
+from gptdist.data.gaps import Gaps
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.order import EpochOrder
 from gptdist.data.reader import LostShard, TokenReader
@@ -41,7 +42,11 @@ class _Corpus:
 
 
 class SampleSource:
-    """The samples of a run. `readers` and `orders` have an entry for each corpus of the blend, by its name."""
+    """The samples of a run. `readers` and `orders` have an entry for each corpus of the blend, by its name.
+
+    `gaps` are the sample numbers that the run passes over, for whoever counts samples; all that is asked of a source by
+    a sample number goes by the whole order. It may be set while nothing reads.
+    """
 
     def __init__(
         self,
@@ -49,8 +54,10 @@ class SampleSource:
         orders: Mapping[str, EpochOrder],
         blend: BlendOrder,
         sequence_length: int,
+        gaps: Gaps | None = None,
     ) -> None:
         self.blend = blend
+        self.gaps = gaps or Gaps()
         self.sequence_length = sequence_length
         self.orders = {name: orders[name] for name in blend.corpora}
         self._corpora = [_Corpus(readers[name], orders[name]) for name in blend.corpora]
@@ -138,8 +145,9 @@ class SampleSource:
         return {name: float(count) for name, count in counts.items() if count}
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each corpus has been read through once `samples` samples are consumed."""
-        counts = self.blend.counts(samples)
+        """How often each corpus has been read through once `samples` samples are trained on; what was passed over
+        until then counts as read."""
+        counts = self.blend.counts(self.gaps.stop(samples))
         return {
             name: count / corpus.order.num_windows
             for name, count, corpus in zip(self.blend.corpora, counts, self._corpora, strict=True)

@@ -47,6 +47,7 @@ class StepReport:
     skipped: bool  # a loss or gradient was not finite: weights and moments are as before
     loss_scale: float
     wished: Wishes
+    culprits: tuple[int, ...] = ()  # of a skipped step: global ranks whose own numbers were not finite, where known
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,27 @@ class TrainEngine(InferenceEngine):
         self.network.seed_dropout(self.seed, step)
         loss, result = self.zero.step(micro_batches, learning_rate)
         flags = astuple(wishes or Wishes())
-        mine = torch.zeros(1 + len(flags), dtype=torch.float64)
-        mine[1:] = torch.tensor(flags)
+        mine = torch.zeros(2 + len(flags), dtype=torch.float64)
+        mine[2:] = torch.tensor(flags)
+        if not self.groups.global_rank:
+            mine[1] = result.grad_norm  # one rank's for all: decisions hang on it, and groups may sum in other orders
         mine = mine.to(self.network.device)
         if self.groups.is_last_stage and not self.groups.tensor_rank:
             mine[0] = loss.detach()
         dist.all_reduce(mine)
-        loss_sum, *wished = mine.tolist()
+        loss_sum, norm, *wished = mine.tolist()
         total = loss_sum / self.layout.data
         skipped = result.skipped or not math.isfinite(total)
-        return StepReport(total, result.grad_norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)))
+        culprits = self._culprits(loss) if skipped else ()
+        return StepReport(total, norm, skipped, result.loss_scale, Wishes(*(count > 0 for count in wished)), culprits)
+
+    def _culprits(self, loss: Tensor) -> tuple[int, ...]:
+        """Whose loss or gradients were not finite, the same on every rank."""
+        bad = torch.zeros(self.layout.world_size, device=self.network.device)
+        if not (bool(torch.isfinite(loss)) and self.zero.own_are_finite()):
+            bad[self.groups.global_rank] = 1
+        dist.all_reduce(bad)
+        return tuple(bad.nonzero().flatten().tolist())
 
     def initialise(self) -> None:
         """Initial weights, keyed by (seed, logical name); zero moments."""

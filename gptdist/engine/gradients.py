@@ -27,6 +27,8 @@ class FlatGradients:
             self._views.append(self.flat[offset : offset + parameter.numel()].view(parameter.shape))
             offset += parameter.numel()
         self.used = offset
+        self._reduced: Tensor | None = None  # the part of the buffer that holds no gradients of this rank any more
+        self._sum_before = torch.zeros((), device=self.flat.device)  # of that part's
 
     def clear(self) -> None:
         """Zero the buffer and point every parameter's gradient at it, before the first backward of a step."""
@@ -41,6 +43,8 @@ class FlatGradients:
         mine = self.flat[self.data.rank() * part :][:part] if scatter else self.flat
         if ranks == 1:
             return mine
+        # What is overwritten here could not be told apart later; a sum is finite only if all of it is.
+        self._reduced, self._sum_before = mine, mine.sum()
         if scatter and self.flat.device.type == "cpu":
             # gloo scatters by reducing everything everywhere: twice the bytes, and a copy of the buffer.
             parts = torch.empty_like(self.flat)
@@ -51,6 +55,13 @@ class FlatGradients:
         else:
             dist.all_reduce(self.flat, group=self.data)
         return mine.mul_(1.0 / ranks)
+
+    def own_are_finite(self) -> bool:
+        """After `reduce`: whether this rank's gradients were finite before it."""
+        start = 0 if self._reduced is None else self._reduced.storage_offset() - self.flat.storage_offset()
+        stop = start if self._reduced is None else start + self._reduced.numel()
+        kept = (self.flat[:start], self.flat[stop:], self._sum_before)
+        return all(bool(torch.isfinite(values).all()) for values in kept)
 
     def slices(self, part: Tensor) -> Iterator[tuple[nn.Parameter | None, Tensor]]:
         """(parameter, its elements in `part`), in order; a last (None, padding) where `part` reaches past them."""

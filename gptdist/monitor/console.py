@@ -7,7 +7,7 @@ Names: `train/loss` (nats per token), `train/learning_rate`, `train/grad_norm`, 
 `train/loss_scale` (fp16), `speed/tokens_per_second`, `speed/model_flops` (per second, all devices), `speed/mfu`
 (0 to 1), `speed/eta_seconds`, `memory/bytes` (one device or process), `eval/loss`, `eval/perplexity`,
 `eval/bits_per_byte`. Other sinks also get `data/epoch`, or `data/epoch/NAME` and `eval/loss/NAME` of each corpus of
-a blend.
+a blend; `train/spikes`, `train/rollbacks` and `data/left_out_samples`, once there are any.
 """
 
 import math

@@ -28,6 +28,7 @@ class TensorBoardSink:
         self._path = log_dir / name
         self._purge_step = start_step + 1 if start_step else 0
         self._started = False
+        self._last_step = 0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -50,16 +51,25 @@ class TensorBoardSink:
         """Nothing is held open."""
 
     def _append(self, step: int, summary: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event
 
         now = time.time()
         events = [Event(wall_time=now, step=step, summary=summary)]
         if not self._started:
             version = Event(wall_time=now, file_version="brain.Event:2")
-            restart = Event(wall_time=now, step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
-            events = [version, restart, *events]
+            events = [version, _start(now, self._purge_step), *events]
+        elif step < self._last_step:
+            events = [_start(now, step + 1), *events]  # the run went back to this step
         append_whole(self._path, _records(events))
         self._started = True
+        self._last_step = step
+
+
+def _start(wall_time: float, step: int) -> Any:
+    """The mark after which TensorBoard drops what it has of `step` and later ones."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    return Event(wall_time=wall_time, step=step, session_log=SessionLog(status=SessionLog.START))
 
 
 def _records(events: list[Any]) -> bytes:

@@ -23,10 +23,15 @@ _NOTED_SECTIONS = ("model", "optimizer", "schedule", "train")
 _NOT_NOTED = (
     "train.eval_interval",
     "train.eval_samples",
+    "train.max_rollbacks",
     "train.max_skipped_steps",
     "train.micro_batch_size",
     "train.precision",  # has a note of its own
     "train.recompute",
+    "train.spike_action",
+    "train.spike_factor",
+    "train.spike_lead",
+    "train.spike_window",
     "train.stop_after",
 )
 

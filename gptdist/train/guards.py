@@ -6,6 +6,7 @@ talks to other ranks, saves or exits.
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -75,8 +76,9 @@ class SkipCounter:
     in_a_row: int = 0
     total: int = 0
 
-    def update(self, skipped: bool, step: int) -> None:
-        """Note whether `step` was skipped. Raises TrainingDiverged at the `limit`-th in a row, on every rank alike."""
+    def update(self, skipped: bool, step: int, culprits: Sequence[int] = ()) -> None:
+        """Note whether `step` was skipped, and whose numbers were not finite, where that is known. Raises
+        TrainingDiverged at the `limit`-th in a row, on every rank alike."""
         if not skipped:
             self.in_a_row = 0
             return
@@ -84,8 +86,14 @@ class SkipCounter:
         self.total += 1
         if self.in_a_row >= self.limit:
             raise TrainingDiverged(
-                f"the loss or a gradient was not finite in {self.in_a_row} steps in a row, up to step {step} "
+                f"the loss or a gradient was not finite{on_ranks(culprits)} in {self.in_a_row} steps in a row, "
+                f"up to step {step} "
                 f"({self.total} skipped in all); train.max_skipped_steps allows fewer than {self.limit}. Resume from "
                 "an earlier checkpoint with a lower optimizer.learning_rate or a longer schedule.warmup_steps; with "
                 "train.precision fp16, start at a lower train.loss_scale or use bf16."
             )
+
+
+def on_ranks(culprits: Sequence[int]) -> str:
+    """` on rank 3`, ` on ranks 2, 3`, or nothing."""
+    return f" on rank{'s' if len(culprits) > 1 else ''} {', '.join(map(str, culprits))}" if culprits else ""

@@ -19,11 +19,13 @@ from gptdist.data.samples import SampleSource
 from gptdist.engine.engine import StepReport, TrainEngine, Wishes
 from gptdist.monitor.sinks import Sinks
 from gptdist.monitor.throughput import Throughput, memory_bytes
-from gptdist.train.guards import SkipCounter, StopSignals, find_stop_file, take_stop_file
+from gptdist.train.guards import SkipCounter, StopSignals, find_stop_file, on_ranks, take_stop_file
 from gptdist.train.lost_shards import AgreeingLoader
 from gptdist.train.progress import Progress
+from gptdist.train.rollback import check_may_roll_back, gaps_of, plan_rollback
 from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, learning_rate, total_samples
+from gptdist.train.spikes import Spike, SpikeWatch
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Actions:
     """What the loop does between steps; each is called by all ranks. None: the run has no such thing."""
 
     state: Callable[[Progress, float | None], dict[str, Any]]  # of a checkpoint; the loss of this step's evaluation
+    go_back: Callable[[int], tuple[Progress, float | None] | None]  # to before a step; where it is, with that loss
     evaluate: Callable[[Progress], Mapping[str, float]] | None
     sample: Callable[[], str] | None
 
@@ -77,7 +80,13 @@ class TrainLoop:
         self._saved_step = progress.step if progress.step else None
         self._measured_step: int | None = None  # of the last save whose times were taken
         self._evaluation: tuple[int, float | None] = (-1, None)  # step, loss
-        self._skips = SkipCounter(sections.train.max_skipped_steps, progress.skipped_in_a_row, progress.skipped_total)
+        self._stand_at_progress()
+
+    def _stand_at_progress(self) -> None:
+        """What follows from the counters, once they are another run's, or of another step."""
+        train, progress = self.sections.train, self.progress
+        self._skips = SkipCounter(train.max_skipped_steps, progress.skipped_in_a_row, progress.skipped_total)
+        self._spikes = SpikeWatch(train, progress.step, progress.samples, progress.spikes)
 
     def run(self) -> str | None:
         """Train. None when the last step is done; else why it stopped early, with everything saved to go on later."""
@@ -89,7 +98,9 @@ class TrainLoop:
         with StopSignals() as signals:
             while self.progress.step < train.steps and reason is None:
                 report, reason = self._step(signals)
-                self._between_steps(report, last=self.progress.step == train.steps)
+                spike = self._look_for_spike(report)
+                if spike is None or not self._roll_back(spike):
+                    self._between_steps(report, last=self.progress.step == train.steps)
             # Signals are still only noted: a second one must not end the save that the first one asked for.
             self._save()
             self._finish_saving()
@@ -130,7 +141,10 @@ class TrainLoop:
         if searching:
             self._skips.total += 1
         else:
-            self._skips.update(report.skipped, progress.step)
+            if report.skipped:
+                where = on_ranks(report.culprits)
+                self.sinks.text(progress.step, "skipped step", f"the loss or a gradient was not finite{where}")
+            self._skips.update(report.skipped, progress.step, report.culprits)
         progress.skipped_in_a_row, progress.skipped_total = self._skips.in_a_row, self._skips.total
         if progress.step % self.sections.monitor.log_interval and progress.step not in (1, train.steps):
             return
@@ -147,9 +161,66 @@ class TrainLoop:
         }
         if self._skips.total:
             values["train/skipped_steps"] = float(self._skips.total)
+        if self._spikes.total:
+            values["train/spikes"] = float(self._spikes.total)
+        if progress.rollbacks:
+            values["train/rollbacks"] = float(len(progress.rollbacks))
+            values["data/left_out_samples"] = float(self.loader.source.gaps.total)
         if train.precision == "fp16":
             values["train/loss_scale"] = report.loss_scale
         self.sinks.log(progress.step, values)
+
+    # -- spikes ------------------------------------------------------------------------------------------------------
+
+    def _look_for_spike(self, report: StepReport) -> Spike | None:
+        """The same on every rank, as the report is."""
+        progress, source = self.progress, self.loader.source
+        if self.sections.train.spike_action == "off":
+            return None
+        phase = source.blend.phase_at(source.gaps.number(progress.samples - 1))
+        spike = self._spikes.update(
+            progress.step,
+            progress.samples,
+            report.loss,
+            report.grad_norm,
+            skipped=report.skipped,
+            level=phase.from_sample,
+        )
+        if spike:
+            self.sinks.text(progress.step, "loss spike", spike.text)
+        return spike
+
+    def _roll_back(self, spike: Spike) -> bool:
+        """Go back to before a spike, if that is asked for, and there is a checkpoint to go back to."""
+        train, earlier = self.sections.train, self.progress.rollbacks
+        if train.spike_action != "rollback":
+            return False
+        check_may_roll_back(spike, earlier, train.max_rollbacks)
+        self.clock.phase("saving")
+        self.saver.wait()
+        while self.saver.poll():
+            self._settle_save()
+        self.clock.phase("loading")
+        found = self.actions.go_back(spike.first_step)
+        if found is None:
+            self.sinks.text(spike.step, "no rollback", f"there is no checkpoint from before step {spike.first_step}")
+            return False
+        restored, evaluation_loss = found
+        rollback = plan_rollback(spike, restored.step, self.progress.samples, earlier)
+        restored.rollbacks = (*earlier, rollback)
+        self.progress.become(restored)
+        self._stand_at_progress()
+        self._evaluation = (restored.step, evaluation_loss)
+        self.loader.close()
+        self.loader.source.gaps = gaps_of(restored.rollbacks)
+        self.loader.start(restored.samples, self._batch_size_at)
+        self.sinks.text(
+            restored.step, f"rollback {len(restored.rollbacks)} of {train.max_rollbacks}", rollback.render()
+        )
+        # Saved at once, with what is passed over from here on: a restart must not meet the spike again.
+        self._saved_step = None
+        self._save()
+        return True
 
     def _between_steps(self, report: StepReport, last: bool) -> None:
         step, interval = self.progress.step, self.sections.checkpoint.interval
@@ -178,6 +249,7 @@ class TrainLoop:
             return
         self.clock.phase("saving")
         self.save_clock.began()
+        self.progress.spikes = self._spikes.state()
         loss = self._evaluation[1] if self._evaluation[0] == step else None
         self.saver.save(step, self.engine.fragments(), self.actions.state(self.progress, loss))
         self._saved_step = step

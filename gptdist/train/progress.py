@@ -20,19 +20,27 @@ from gptdist.data.corpora import blend_phases
 from gptdist.data.manifest import Manifest
 from gptdist.errors import CheckpointError, CorpusError
 from gptdist.remote import is_url, without_secrets
+from gptdist.train.rollback import Rollback
 
 RECORDED_PACKAGES = ("gptdist", "torch", "deepspeed", "megatron-core", "numpy")
 
 
 @dataclass
 class Progress:
-    """Counters of a run; `samples` is the only state of the data order."""
+    """Counters of a run; `samples`, trained on, and the rollbacks are all the state of the data order."""
 
     step: int = 0
     samples: int = 0
     loss: float | None = None  # of the last step
     skipped_in_a_row: int = 0
     skipped_total: int = 0
+    rollbacks: tuple[Rollback, ...] = ()  # say which samples of the order are passed over
+    spikes: dict[str, Any] | None = None  # what `SpikeWatch` knows
+
+    def become(self, other: "Progress") -> None:
+        """Go back, or on, to where `other` is."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(other, field.name))
 
 
 def run_state(
@@ -69,7 +77,13 @@ def _shareable(value: Any) -> Any:
 
 def restored_progress(state: dict[str, Any]) -> Progress:
     """The inverse of `run_state` for the counters."""
-    return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    counters = {field.name: state[field.name] for field in dataclasses.fields(Progress) if field.name in state}
+    return Progress(**{**counters, "rollbacks": restored_rollbacks(state)})
+
+
+def restored_rollbacks(state: Mapping[str, Any]) -> tuple[Rollback, ...]:
+    """The rollbacks of a run, oldest first; a checkpoint of a version that knew none has none."""
+    return tuple(Rollback.restored(record) for record in state.get("rollbacks", ()))
 
 
 def data_identity(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def fork_server() -> ForkServerContext:
 
 
 def check_forked() -> None:
-    """In a process of that context: nothing is to be imported here. Without this, forks of another server would pass."""
+    """In a process of that context: nothing is to be imported here. Forks of another server do not pass."""
     preloaded = sys.modules.get("tests.dist.preloaded")
-    if preloaded is None or preloaded.LOADED_BY != os.getppid():
+    if preloaded is None or os.getppid() != preloaded.LOADED_BY:
         raise RuntimeError("this process was forked before tests/dist/preloaded.py was imported")
 
 

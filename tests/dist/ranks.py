@@ -1,7 +1,8 @@
 """A pool of rank processes that all distributed tests share: importing the engine costs seconds, so it happens once.
 
 The ranks are forked from the fork server (fork_server.py), which has imported the engine and runs nothing else. Each
-`run` gives the first ranks a fresh gloo group on the loopback interface and takes it down again. Knows nothing of models.
+`run` gives the first ranks a fresh gloo group on the loopback interface and takes it down again. Knows nothing of
+models.
 """
 
 import contextlib

@@ -3,16 +3,31 @@
 Through the command. What it finds before any rank starts runs in this process; the rest in processes of its own.
 """
 
+import json
 import shutil
 import socket
+import sysconfig
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from data_tools.build import build_corpus
+from data_tools.corpus.order import RunOrder
+from gptdist.config.sections import RunConfig
 from launch import cli
-from tests.dist.commands import Commands, checkpoint_names, open_last, tree
+from tests.dist.commands import (
+    SOURCES,
+    TINY_RUN,
+    Commands,
+    checkpoint_names,
+    curve,
+    last_step,
+    open_last,
+    render_run,
+    tree,
+)
 
 Answer = Callable[..., tuple[int, str]]
 
@@ -155,6 +170,33 @@ def test_a_damaged_shard(split: str, damage: str, corpus: Path, commands: Comman
     nproc = 2 if split == "train" else 1
     commands.train(tmp_path / "run", nproc).one_error(str(shard), words, "gptdist data verify")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_that_is_damaged_under_a_run(commands: Commands, tmp_path: Path) -> None:
+    """In a part that only a later step reads: the steps before are made, the shard is named, and once it is whole again
+    the run goes on."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    commands.corpus, run_dir = tmp_path / "damaged", tmp_path / "run"
+    build_corpus([stdlib / name for name in SOURCES], commands.corpus, "bytes", chunk_tokens=2000)
+    config = RunConfig.model_validate(json.loads(render_run({**TINY_RUN, "data.corpus": str(commands.corpus)})))
+    with closing(RunOrder(config, lambda step: 12 * step)) as order:
+        (reader,) = order.readers.values()
+        first_used: dict[int, int] = {}
+        for sample in range(12 * 10):
+            start = order.source.place(sample).window * order.length
+            for chunk in (reader.index.chunk_of(start), reader.index.chunk_of(start + order.length)):
+                first_used.setdefault(chunk, sample // 12 + 1)
+        chunk, step = max(first_used.items(), key=lambda use: use[1])
+        damaged = int(reader.index.tokens_offset[chunk]) + 100
+    assert 4 < step <= 10
+    (shard,) = commands.corpus.glob("train*.tar")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:damaged] + bytes([whole[damaged] ^ 4]) + whole[damaged + 1 :])
+    commands.train(run_dir, 2).one_error(str(shard), f"chunk {chunk} ", "damaged", "gptdist data verify")
+    assert last_step(run_dir) == step - 1
+    shard.write_bytes(whole)
+    commands.train(run_dir, 2).expect(0)
+    assert sorted(curve(run_dir)) == list(range(1, 11))
 
 
 @pytest.mark.parametrize(

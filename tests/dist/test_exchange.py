@@ -25,8 +25,8 @@ from gptdist.engine.partition import TensorSource
 from gptdist.errors import ExchangeError, NotConformant
 from gptdist.exchange.conformance import BOUND, random_probes
 from gptdist.layout import Layout
-from gptdist.train.sample import generate
 from gptdist.model.sampling import Sampling
+from gptdist.train.sample import generate
 from gptdist.world import World
 from launch import export, import_model
 from launch.arguments import parse_arguments

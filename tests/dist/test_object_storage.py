@@ -96,7 +96,9 @@ def test_a_bucket_trains_as_the_folder_does(
     runs.train(tmp_path / "bucket", nproc, bucket.url("c"), **SHORT, **shuffle).expect(0)
     assert curve(tmp_path / "bucket") == curve(tmp_path / "folder")
     assert sorted(curve(tmp_path / "bucket")) == list(range(1, 9))
-    evaluated = [[row["eval/loss"] for row in metrics(tmp_path / run) if "eval/loss" in row] for run in ("bucket", "folder")]
+    evaluated = [
+        [row["eval/loss"] for row in metrics(tmp_path / run) if "eval/loss" in row] for run in ("bucket", "folder")
+    ]
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 2
 
     asked = shards_of(bucket.asked())

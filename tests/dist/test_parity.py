@@ -1,9 +1,10 @@
 """Every layout trains as one rank does: losses and gradient norms of the first 10 steps, fp32, real text.
 
 With GPTDIST_FULL=1 the whole matrix runs, 12 layouts x 4 ZeRO stages x 4 models, and its table is kept in
-docs/parity.md. By default a subset of 31, COVERING below, which leaves out no pair of what meets in the code (a test here
-counts them): kinds of tensor and of pipeline parallelism, data ranks, ZeRO stages, models; and has tensor with sequence
-parallelism x stages of a pipeline under every ZeRO stage. Models are then two layers deep where no pipeline divides them.
+docs/parity.md. By default a subset of 31, COVERING below, which leaves out no pair of what meets in the code (a test
+here counts them): kinds of tensor and of pipeline parallelism, data ranks, ZeRO stages, models; and has tensor with
+sequence parallelism x stages of a pipeline under every ZeRO stage. Models are then two layers deep where no pipeline
+divides them.
 The bound is 2e-5 relative for every number, always.
 """
 

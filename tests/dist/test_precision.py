@@ -213,6 +213,11 @@ def test_a_step_with_a_non_finite_number_changes_nothing(pool: RankPool, name: s
     for answers in pool.run(poisoned_steps, 2, case, poisoned_rank):
         for number, (poison, seen) in enumerate(answers.items()):
             assert seen.report.skipped, poison
+            whole_buffer = name in ("DP2 ZeRO 0", "DP2 ZeRO 1")
+            if whole_buffer or poison == "loss":
+                assert poisoned_rank in seen.report.culprits, poison
+            if whole_buffer:
+                assert seen.report.culprits == (poisoned_rank,), poison
             assert math.isfinite(seen.report.loss) is (poison == "gradient")
             assert seen.changed == [], poison
             assert not seen.next_report.skipped and seen.moved, poison

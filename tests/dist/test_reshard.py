@@ -1,8 +1,8 @@
 """Any layout loads what any other saved: every byte of every tensor, every counter, and the same ten steps after it.
 
 By default each of the layouts saves once and loads once for each model; with GPTDIST_FULL=1 each loads what every one
-saved, and some exchange checkpoints with eight ranks. Losses go on within 2e-5 of the source's own; under the source's layout they are the same
-to the last bit.
+saved, and some exchange checkpoints with eight ranks. Losses go on within 2e-5 of the source's own; under the source's
+layout they are the same to the last bit.
 """
 
 from collections.abc import Iterator

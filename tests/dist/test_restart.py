@@ -75,7 +75,9 @@ def test_a_stopped_rank_hangs_the_run_and_is_named(undisturbed: Path, commands: 
     assert 2.5 < second.began - stopped_at < 3 + 5 + 2
     ended = run.wait(60).expect(0)
 
-    assert first.reason is not None and first.reason.startswith("rank 1 is stopped") and "ranks 0, 2 wait" in first.reason
+    assert (
+        first.reason is not None and first.reason.startswith("rank 1 is stopped") and "ranks 0, 2 wait" in first.reason
+    )
     assert "rank 1 on" in ended.err and "<- not where the others are" in ended.err
     assert re.search(r"stack of rank[s]? .*0.*:\n.*", ended.err) and "loop.py" in ended.err
     assert curve(run_dir) == curve(undisturbed)

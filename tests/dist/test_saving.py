@@ -110,9 +110,7 @@ def test_saving_changes_no_loss_and_saves_its_moment(name: str, pool: RankPool, 
 def children(pid: int) -> list[int]:
     """Processes that a process has started."""
     return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
 
 
@@ -242,7 +240,9 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_url(commands: Commands, tmp
         words = commands.train_words(run_dir, 1, **settings)
         ended = commands.start(*words, **bucket.env).wait().expect(0)
         assert re.search(r"resumed from .*step-00000006 \(step 6,", ended.out)
-        assert open_last(run_dir).step == 8 and sorted(curve(run_dir)) == [7, 8] and sorted(before) == [1, 2, 3, 4, 5, 6]
+        assert (
+            open_last(run_dir).step == 8 and sorted(curve(run_dir)) == [7, 8] and sorted(before) == [1, 2, 3, 4, 5, 6]
+        )
         copy = tmp_path / "copy" / "step-00000008"
         words = ["ckpt", "copy", f"{bucket.url('runs/one')}/step-00000008", str(copy)]
         assert "every byte verified" in commands.start(*words, **bucket.env).wait().expect(0).out

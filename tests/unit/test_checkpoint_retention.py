@@ -80,6 +80,23 @@ def test_what_is_protected_stays_and_a_step_saved_again_replaces_itself(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004.1"]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 3), st.integers(1, 12))
+def test_one_that_is_far_enough_behind_stays(tmp_path_factory, gaps, keep, behind):
+    """However often is saved: there is always one at least `behind` steps old, if one was ever saved that long ago, and
+    it is not much older than it must be."""
+    folder = tmp_path_factory.mktemp("c")
+    saved = []
+    for gap in gaps:
+        saved.append((saved[-1] if saved else 0) + gap)
+        prune(folder, make(folder, saved[-1]), Retention(keep, behind=behind))
+        left = steps(folder)
+        far = [step for step in left if step <= saved[-1] - behind]
+        assert bool(far) == any(step <= saved[-1] - behind for step in saved)
+        assert not far or far[-1] > saved[-1] - 2 * (behind + max(gaps))
+        assert set(saved[-keep:]) <= set(left) and len(left) <= keep + 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from([None, 1.0, 2.0, 3.0]), st.booleans(), st.booleans()), max_size=12),
@@ -130,6 +147,7 @@ def test_a_link_is_pruned_and_what_it_leads_to_stays(tmp_path):
         (3, Retention(3), 1),
         (9, Retention(3), 1),
         (3, Retention(3, best=2), 3),
+        (3, Retention(3, behind=12), 3),
         (9, Retention(3, every=100), 3),
         (9, Retention(), 3),
     ],

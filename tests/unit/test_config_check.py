@@ -131,6 +131,11 @@ RAMP = {"start": 4, "increment": 2, "samples": 100}
         ({"schedule__min_learning_rate": 1e-3}, 1, "is above optimizer.learning_rate (0.0003), the peak"),
         ({"train__stop_after": 1001}, 1, "train.stop_after (1001) is above train.steps (1000)"),
         (
+            {"train__spike_action": "rollback", "checkpoint__interval": 0},
+            1,
+            "rollback goes back to a checkpoint, and with checkpoint.interval (0) the run saves only at its end. Set",
+        ),
+        (
             {"checkpoint__interval": "auto", "checkpoint__interval_minutes": 5.0},
             1,
             "checkpoint.interval auto chooses the time between saves, and checkpoint.interval_minutes (5) sets it.",

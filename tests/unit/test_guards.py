@@ -71,9 +71,15 @@ def test_steps_skipped_in_a_row_stop_the_run() -> None:
         counter.update(skipped, step)
     assert (counter.in_a_row, counter.total) == (2, 4)
     with pytest.raises(TrainingDiverged) as caught:
-        counter.update(True, 6)
+        counter.update(True, 6, (2, 5))
     assert caught.value.exit_code == EXIT_FAILED
-    for part in ("3 steps in a row", "up to step 6", "5 skipped in all", "train.max_skipped_steps", "learning_rate"):
+    for part in (
+        "not finite on ranks 2, 5 in 3 steps in a row",
+        "up to step 6",
+        "5 skipped in all",
+        "train.max_skipped_steps",
+        "learning_rate",
+    ):
         assert part in str(caught.value)
 
 

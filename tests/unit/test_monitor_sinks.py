@@ -205,6 +205,17 @@ def test_a_resumed_run_replaces_the_steps_it_does_again(tmp_path: Path) -> None:
     assert scalars_of(tmp_path, "train/loss") == expected
 
 
+def test_a_run_that_goes_back_replaces_the_steps_it_does_again(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, start_step=0)
+    for step in range(1, 8):
+        sink.log(step, {"train/loss": 10.0})
+    sink.text(4, "rollback", "back from step 7 to step 4")
+    for step in (6, 7, 8):
+        sink.log(step, {"train/loss": 20.0})
+    expected = [(step, 10.0) for step in (1, 2, 3, 4)] + [(step, 20.0) for step in (6, 7, 8)]
+    assert scalars_of(tmp_path, "train/loss") == expected
+
+
 def test_a_fresh_run_in_an_old_folder_starts_its_curves_anew(tmp_path: Path) -> None:
     TensorBoardSink(tmp_path, start_step=0).log(9, {"train/loss": 10.0})
     TensorBoardSink(tmp_path, start_step=0).log(1, {"train/loss": 20.0})

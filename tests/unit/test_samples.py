@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from data_tools.build import build_corpus
 from gptdist.config.sections import DataConfig, RunConfig
+from gptdist.data import loader as loader_module
 from gptdist.data.blend import BlendOrder, Phase, turns_of_period
 from gptdist.data.corpora import blend_phases, build_order, build_source, open_corpora, open_tokenizer, short_names
+from gptdist.data.gaps import Gaps
 from gptdist.data.loader import BatchLoader
 from gptdist.data.local_order import LocalOrder
 from gptdist.data.order import WindowOrder, micro_batches
@@ -31,6 +33,8 @@ CONTEXT = 4
 
 class CountingReader:
     """Stands for a reader: a window is its number, and a mark of the corpus."""
+
+    lost = ()
 
     def __init__(self, mark: int, num_windows: int, wants_ahead: bool = False) -> None:
         self.mark = mark
@@ -125,6 +129,40 @@ def test_the_same_order_from_any_sample_of_any_size(
         assert rows == [(int(place.corpus), place.window) for place in places]
         assert [source.sample(place) for place in places] == list(range(first, first + batch))
         first += batch
+
+
+@given(
+    sources(largest=60),
+    stretches.map(lambda legs: legs[:3]),
+    st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40)), max_size=4),
+)
+@settings(max_examples=15, deadline=None)
+def test_each_sample_is_trained_on_once_or_passed_over(
+    source: SampleSource, stretches: list[tuple[int, int, int, int]], spans: list[tuple[int, int]]
+) -> None:
+    """Over restarts, ranks, blends, phases and epochs, with gaps anywhere: what the loaders give is the order without
+    the gaps, and epochs go by the order."""
+    source.gaps = Gaps.of((first, first + length) for first, length in spans)
+    left_out = {sample for first, stop in source.gaps.ranges for sample in range(first, stop)}
+    seen: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "_SAMPLES_LOCATED_AT_ONCE", 8)
+        for data_size, micro, turns, steps in stretches:
+            batch = data_size * micro * turns
+            loaders = [BatchLoader(source, micro, data_rank, data_size) for data_rank in range(data_size)]
+            for loader in loaders:
+                loader.start(len(seen), lambda sample, batch=batch: batch)
+            for _ in range(steps):
+                parts = torch.stack([loader.next().tokens for loader in loaders], dim=1)
+                seen += parts.reshape(batch, CONTEXT + 1)[:, :2].tolist()
+            for loader in loaders:
+                loader.close()
+    samples = [sample for sample in range(len(seen) + len(left_out)) if sample not in left_out][: len(seen)]
+    places = [source.place(sample) for sample in samples]
+    assert seen == [[int(place.corpus), place.window] for place in places]
+    counts = source.blend.counts(samples[-1] + 1)
+    for number, name in enumerate(source.blend.corpora):
+        assert source.epochs(len(seen))[name] == counts[number] / source.orders[name].num_windows
 
 
 def test_readers_that_fetch_ahead_are_told_their_buffer_and_the_next() -> None:
