@@ -63,9 +63,13 @@ def _options(cluster: ClusterConfig, job: Job) -> Iterator[str]:
             yield f"{name}={_quote_option(value)}"
     fewer = job.min_nodes is not None and job.min_nodes < cluster.nodes
     yield f"nodes={f'{job.min_nodes}-' if fewer else ''}{cluster.nodes}"
-    yield f"ntasks-per-node={cluster.ranks_of_node}"
-    if cluster.cpus_per_rank:
-        yield f"cpus-per-task={cluster.cpus_per_rank}"
+    if fewer:
+        # With a number of tasks, Slurm counts those of the fewest nodes and may look for no more nodes than hold them.
+        yield f"mincpus={cluster.ranks_of_node * (cluster.cpus_per_rank or 1)}"
+    else:
+        yield f"ntasks-per-node={cluster.ranks_of_node}"
+        if cluster.cpus_per_rank:
+            yield f"cpus-per-task={cluster.cpus_per_rank}"
     if cluster.gpus_per_node:
         yield f"gres=gpu:{f'{cluster.gpu_type}:' if cluster.gpu_type else ''}{cluster.gpus_per_node}"
     if cluster.memory is not None:

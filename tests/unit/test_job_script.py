@@ -213,19 +213,26 @@ def test_what_is_not_set_is_not_asked_for() -> None:
     ]
 
 
+def test_fewer_nodes_are_taken_only_where_there_are_no_more() -> None:
+    asked = options_of(ClusterConfig(nodes=4, ranks_per_node=2, cpus_per_rank=3), min_nodes=2)
+    assert asked[3:5] == ["--nodes=2-4", "--mincpus=6"]
+    assert not [option for option in asked if "task" in option]
+    assert "--nodes=4" in options_of(ClusterConfig(nodes=4, ranks_per_node=2), min_nodes=4)
+
+
 def test_all_that_can_be_asked_for() -> None:
     cluster = ClusterConfig(
         partition="gpu", account="lab", qos="high", constraint="a|b", nodes=4, exclusive=True, gpus_per_node=8,
         gpu_type="h100", cpus_per_rank=3, memory=(5 << 30) + 1, time_limit=90000.0,
         sbatch_options=("--comment=a b", "--x"),
     )  # fmt: skip
-    asked = options_of(cluster, min_nodes=2)
+    asked = options_of(cluster)
     assert asked[3:] == [
         "--partition=gpu",
         "--account=lab",
         "--qos=high",
         '--constraint="a|b"',
-        "--nodes=2-4",
+        "--nodes=4",
         "--ntasks-per-node=8",
         "--cpus-per-task=3",
         "--gres=gpu:h100:8",
