@@ -10,12 +10,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, GptdistError
 from gptdist.world import World
 from launch.arguments import parse_arguments
-from launch.outer import find_world
+from launch.outer import find_allocation, find_place, find_world
 from launch.verdict import EXIT_INTERRUPTED
 
 HANDLERS = {
@@ -76,11 +78,12 @@ def show_error(error: GptdistError) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """`gptdist train`: one rank under torchrun or mpirun; otherwise `--nproc` ranks started here."""
+    """`gptdist train`: one rank under torchrun or mpirun; under srun an agent with one; else `--nproc` ranks here."""
     from gptdist.config.check import check_run
     from gptdist.config.load import load_run, render_config
     from launch.elastic import fit_layout
     from launch.place import Place
+    from launch.run_folder import KEY
 
     world = find_world(os.environ, nproc=args.nproc)
     nproc = args.nproc or 1
@@ -102,13 +105,16 @@ def train(args: argparse.Namespace) -> int:
         if world is not None and world.local_rank > 0:
             return error.exit_code  # the node's first rank reads the same file and says the same
         raise
-    if world is not None:
-        return _train_under_launcher(
-            loaded, find_world(os.environ, port=loaded.config.launch.port) or world, args.fresh
-        )
     from launch.train_ranks import train_ranks
 
-    return train_ranks(Place.alone(nproc), loaded, run_rank, fresh=args.fresh)
+    if world is None:
+        return train_ranks(Place.alone(nproc), loaded, run_rank, fresh=args.fresh)
+    port = loaded.config.launch.port
+    world = find_world(os.environ, port=port) or world
+    place = find_place(os.environ, world, port, Path(loaded.config.launch.run_dir) / KEY)
+    if place is None:
+        return _train_under_launcher(loaded, world, args.fresh)
+    return train_ranks(place, loaded, run_rank, find_allocation(os.environ), fresh=args.fresh)
 
 
 def run_rank(world: World, payload: tuple[Any, bool]) -> int:
@@ -120,8 +126,13 @@ def run_rank(world: World, payload: tuple[Any, bool]) -> int:
 
 
 def _train_under_launcher(loaded: Any, world: World, fresh: bool) -> int:
+    """One rank, which its launcher watches."""
+    from launch.run_lock import hold_run
+
+    run_dir = Path(loaded.config.launch.run_dir)
     try:
-        return run_rank(world, (loaded, fresh))
+        with hold_run(run_dir, world.launcher) if world.is_first else nullcontext():
+            return run_rank(world, (loaded, fresh))
     except GptdistError as error:
         if not world.is_first and str(error).startswith("[rank "):
             return error.exit_code  # another rank's error, agreed on by all; the first rank shows it

@@ -52,10 +52,13 @@ class Patience:
         self._steps: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         self._longest_still: dict[str, float] = {}
         self._last: dict[int, Standing] = {}
+        self._learned: float | None = None
 
     def learn(self, standing: Standing) -> None:
         """From one more look at a rank."""
-        self._steps.extend(times.seconds for times in standing.times)
+        if standing.times:
+            self._steps.extend(times.seconds for times in standing.times)
+            self._learned = None
         last = self._last.get(standing.global_rank)
         if last is not None and standing.still_seconds < last.still_seconds:  # so it was not stuck there
             longest = self._longest_still.get(last.phase, 0.0)
@@ -78,8 +81,10 @@ class Patience:
             return self._hang_timeout
         if not self._steps:
             return max(SHORTEST_SECONDS, self._longest_wait)
-        learned = max(_OF_MEDIAN * statistics.median(self._steps), _OF_LONGEST * max(self._steps))
-        return max(SHORTEST_SECONDS, learned)
+        if self._learned is None:
+            learned = max(_OF_MEDIAN * statistics.median(self._steps), _OF_LONGEST * max(self._steps))
+            self._learned = max(SHORTEST_SECONDS, learned)
+        return self._learned
 
 
 @dataclass(frozen=True)

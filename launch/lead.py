@@ -49,7 +49,9 @@ RESTART_GRACE_SECONDS = 0.5
 """The same where they make room for others, which go on from a checkpoint: nothing they hold is of use."""
 STACKS_SECONDS = 4.5
 """For agents to collect stacks."""
-SLOW_LOOK_SECONDS = 2.0
+LOOK_SECONDS = 0.25
+"""Between looks for ranks that hang."""
+COMPARE_SECONDS = 2.0
 """Between looks for slow ranks."""
 WIND_DOWN_SECONDS = 30.0
 """A rank that is still there so long after KILL is stuck in its machine's kernel."""
@@ -90,11 +92,12 @@ class _Generation:
     recent: dict[int, deque[StepTimes]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=2 * WINDOW)))
     failed_at: float | None = None
     looked_at: float = 0.0
+    compared_at: float = 0.0
 
 
 class Lead:
     """Of `world_size` ranks. `meet` opens the port where they meet and says where it is; `post` sends an order to an
-    agent, which is known by its first rank."""
+    agent, which is known by its first rank. `refusal`: what all agents are to hear instead of a start."""
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class Lead:
         meet: Callable[[], tuple[str, int]],
         post: Callable[[int, Order], None],
         supervision: Supervision | None = None,
+        refusal: Verdict | None = None,
         join_seconds: float = 0.0,
         limit_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -113,6 +117,7 @@ class Lead:
         self._supervision = supervision
         self._clock = clock
         self._agents: dict[int, Agent] = {}
+        self._agent_of: dict[int, Agent] = {}  # by rank
         self._generation = _Generation(-1)  # none yet
         self._deadline = clock() + join_seconds
         self._limit_seconds = limit_seconds
@@ -123,6 +128,7 @@ class Lead:
         self._passed_on: set[int] = set()
         self._hang: Hang | None = None
         self._failed: tuple[Verdict, Failure] | None = None
+        self._refusal = refusal
         self._next: Verdict | None = None  # how the run ends once its ranks are gone; None: they start again
         self._doing = self._gather
 
@@ -133,10 +139,11 @@ class Lead:
         ranks = range(hello.first_rank, hello.first_rank + hello.ranks)
         if ranks.stop > self._world_size:
             return f"ranks up to {ranks.stop - 1} of {self._world_size}"
-        for other in self._agents.values():
-            if max(ranks.start, other.ranks.start) < min(ranks.stop, other.ranks.stop):
-                return f"{rank_list(ranks)} already came from {other.hello.host}"
-        self._agents[hello.first_rank] = Agent(hello)
+        for rank in ranks:
+            if rank in self._agent_of:
+                return f"rank {rank} already came from {self._agent_of[rank].hello.host}"
+        agent = self._agents[hello.first_rank] = Agent(hello)
+        self._agent_of.update(dict.fromkeys(agent.ranks, agent))
         return None
 
     def hear(self, agent: int, word: Word) -> None:
@@ -156,7 +163,8 @@ class Lead:
     def lose(self, agent: int, why: str) -> None:
         """An agent is gone, and its ranks with it."""
         if self._generation.number < 0:
-            del self._agents[agent]  # it may come again
+            for rank in self._agents.pop(agent).ranks:  # it may come again
+                del self._agent_of[rank]
             return
         lost = self._agents[agent]
         if lost.lost:
@@ -177,8 +185,10 @@ class Lead:
 
     def _gather(self, now: float) -> None:
         """Until all agents are there."""
-        absent = set(range(self._world_size)).difference(*(agent.ranks for agent in self._agents.values()))
-        if not absent:
+        absent = set(range(self._world_size)) - self._agent_of.keys()
+        if not absent and self._refusal is not None:
+            self._end(self._refusal)
+        elif not absent:
             self._start(self._generation.number + 1)
         elif now > self._deadline:
             message = (
@@ -216,13 +226,14 @@ class Lead:
                 self._judge()
         elif not self._running():
             self._judge()
-        elif self._supervision:
+        elif self._supervision and now > generation.looked_at + LOOK_SECONDS:
+            generation.looked_at = now
             self._look_for_hang(self._supervision.patience, now)
             self._look_for_slow_ranks(self._supervision, now)
             self._look_at_the_clock(self._supervision.time_limit)
 
     def _await_stacks(self, now: float) -> None:
-        asked = {rank for rank in self._running() if not self._agent_of(rank).lost}
+        asked = {rank for rank in self._running() if not self._agent_of[rank].lost}
         if asked <= self._generation.stacks.keys() or now > self._deadline:
             assert self._hang is not None
             self._say(hang_report(self._hang, self._host_of, self._generation.stacks))
@@ -234,7 +245,7 @@ class Lead:
         """Until the last rank is gone; then others start, or it is over."""
         left = self._running()
         if left and now > self._deadline:
-            for agent in {self._agent_of(rank).hello.first_rank for rank in left}:
+            for agent in {self._agent_of[rank].hello.first_rank for rank in left}:
                 self.lose(agent, "its ranks cannot be ended")
         elif left:
             return
@@ -293,9 +304,9 @@ class Lead:
 
     def _look_for_slow_ranks(self, supervision: Supervision, now: float) -> None:
         generation = self._generation
-        if now < generation.looked_at + SLOW_LOOK_SECONDS or len(generation.recent) < self._world_size:
+        if now < generation.compared_at + COMPARE_SECONDS or not generation.recent.keys() >= set(self._running()):
             return
-        generation.looked_at = now
+        generation.compared_at = now
         for slow in supervision.slow_ranks.look(generation.recent):
             text = f"{slow.describe()}; it is on {self._host_of(slow.global_rank)}"
             self._say(f"warning: {text}")
@@ -371,17 +382,14 @@ class Lead:
         """Ranks that were started and have not ended, as far as their agents can tell."""
         if self._generation.number < 0:
             return []
-        there = (rank for agent in self._agents.values() if not agent.lost for rank in agent.ranks)
-        return sorted(rank for rank in there if rank not in self._generation.ends)
+        ends = self._generation.ends
+        return [rank for rank in range(self._world_size) if rank not in ends and not self._agent_of[rank].lost]
 
     def _standings(self) -> list[Standing]:
         return list(self._generation.standings.values())
 
-    def _agent_of(self, rank: int) -> Agent:
-        return next(agent for agent in self._agents.values() if rank in agent.ranks)
-
     def _host_of(self, rank: int) -> str:
-        return self._agent_of(rank).hello.host
+        return self._agent_of[rank].hello.host
 
     def _hosts(self) -> list[str]:
         return [self._agents[first].hello.host for first in sorted(self._agents)]

@@ -5,12 +5,16 @@ Holds the table of every launcher's variables. Pure: it is handed an environment
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from gptdist.errors import ConfigError, LaunchError
 from gptdist.world import World
+from launch.place import Allocation, Place
 from launch.slurm_notation import first_host, tasks_per_node
 
 LOOPBACK = "127.0.0.1"
+CONTROL_PORTS = 16
+"""Ports where the lead of several agents may listen: the first of them that is free."""
 SLURM_PSEUDO_STEPS = 0xFFFFFFF0
 """Step ids from here on are Slurm's own (batch script, interactive shell, extern): not a task of a parallel step."""
 
@@ -114,6 +118,39 @@ def count_nodes(env: Mapping[str, str]) -> int | None:
     return int(found) if env.get("SLURM_STEP_ID") and found.isdecimal() else None
 
 
+def find_place(env: Mapping[str, str], world: World, port: int, key_file: Path) -> Place | None:
+    """Where an agent that starts this one rank stands, under a launcher that leaves restarts to us; None under others.
+
+    `world`: of `find_world`. `port`: launch.port, which is where ranks meet; agents then meet above it.
+    """
+    if world.launcher != "srun":
+        return None
+    launcher = next(found for found in LAUNCHERS if found.name == "srun")
+    first = port + 1 if port else _slurm_port(env, launcher)
+    step = _number(env, launcher, ("SLURM_STEP_ID",))
+    allocation = find_allocation(env)
+    return Place(
+        world_size=world.world_size,
+        first_rank=world.global_rank,
+        first_local_rank=world.local_rank,
+        local_world_size=world.local_world_size,
+        node_rank=world.node_rank,
+        launcher=world.launcher,
+        lead_host=world.master_address,
+        lead_ports=tuple(range(first, first + CONTROL_PORTS)),
+        identity=f"{allocation.name}, step {step}, restart {allocation.restart}",
+        key_file=key_file,
+    )
+
+
+def find_allocation(env: Mapping[str, str]) -> Allocation:
+    """The job that an srun task belongs to."""
+    launcher = next(found for found in LAUNCHERS if found.name == "srun")
+    job = _number(env, launcher, ("SLURM_JOB_ID", "SLURM_JOBID"))
+    restart = _number(env, launcher, ("SLURM_RESTART_COUNT",)) if env.get("SLURM_RESTART_COUNT") else 0
+    return Allocation(f"slurm {job}", restart, can_requeue=True)
+
+
 def _read_world(env: Mapping[str, str], launcher: Launcher, port: int) -> World:
     world_size = _number(env, launcher, launcher.world_size)
     global_rank = _number(env, launcher, launcher.global_rank)
@@ -144,9 +181,7 @@ def _meeting_point(env: Mapping[str, str], launcher: Launcher, one_node: bool, p
     if launcher.name != "srun":
         return "", port  # rank 0 picks it and broadcasts it over MPI, in join()
     if not port:
-        # Stable over a step, different between jobs on a shared node, and below the ports Linux hands out by itself.
-        job = _number(env, launcher, ("SLURM_JOB_ID", "SLURM_JOBID"))
-        port = 10240 + (37 * job + _number(env, launcher, ("SLURM_STEP_ID",))) % 20000
+        port = _slurm_port(env, launcher)
     if one_node:
         return LOOPBACK, port
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
@@ -154,6 +189,12 @@ def _meeting_point(env: Mapping[str, str], launcher: Launcher, one_node: bool, p
     if nodes is None:
         raise LaunchError(_missing(launcher, names))
     return first_host(nodes), port
+
+
+def _slurm_port(env: Mapping[str, str], launcher: Launcher) -> int:
+    """Stable over a step, different between jobs on a shared node, below the ports that Linux hands out by itself."""
+    job = _number(env, launcher, ("SLURM_JOB_ID", "SLURM_JOBID"))
+    return 10240 + (37 * job + _number(env, launcher, ("SLURM_STEP_ID",))) % 20000
 
 
 def _slurm_local_size(env: Mapping[str, str], launcher: Launcher, world_size: int) -> int:

@@ -1,10 +1,23 @@
-"""Where an agent stands among the agents of a run, and from that where its ranks do. Pure."""
+"""Where an agent and its ranks stand among all of a run, and the allocation they are in. Pure."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptdist.world import World
-from launch.messages import Start
+
+if TYPE_CHECKING:
+    from launch.messages import Start
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the run was started in: `name`, `slurm 123` or `local`, and how often it was requeued. `can_requeue`: a
+    scheduler starts it again where its exit code asks for that."""
+
+    name: str = "local"
+    restart: int = 0
+    can_requeue: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,15 @@ class Place:
         return self.first_rank == 0
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is no other agent."""
+        return self.local_ranks == self.world_size
+
+    @property
     def is_one_node(self) -> bool:
         return self.local_world_size == self.world_size
 
-    def world(self, index: int, start: Start, listen_fd: int) -> World:
+    def world(self, index: int, start: "Start", listen_fd: int) -> World:
         """Of the `index`-th of its ranks."""
         return World(
             global_rank=self.first_rank + index,

@@ -8,25 +8,16 @@ allocation at once, so that kills before that are counted too.
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, StorageError
 from launch.attempts import Attempt, begin, end, note, read_attempts
 from launch.hang import Standing
+from launch.place import Allocation
 from launch.rules import DONE, REQUEUE, STOP, Decision, Failure, decide
 
 _LONGEST_REASON = 500
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What the run was started in: `name`, `slurm 123` or `local`, and how often it was requeued. `can_requeue`: a
-    scheduler starts it again where its exit code asks for that."""
-
-    name: str = "local"
-    restart: int = 0
-    can_requeue: bool = False
 
 
 class Record:

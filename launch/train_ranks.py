@@ -5,22 +5,25 @@ Knows what a supervised run is made of; what a rank does is given.
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun
+from gptdist.errors import UserError
 from gptdist.world import World
 from launch.elastic import fit_layout
 from launch.hang import Patience
 from launch.lead import Supervision
 from launch.local import show_verdict
-from launch.place import Place
-from launch.record import Allocation, Record
+from launch.place import Allocation, Place
+from launch.record import Record
 from launch.run_lock import hold_run
 from launch.slow_ranks import SlowRanks, rank_loads
 from launch.supervise import run_agent
 from launch.time_limit import TimeLimit, find_end
+from launch.verdict import Verdict
 
 PRELOAD = ("launch.train",)
 
@@ -34,30 +37,43 @@ def train_ranks(
     fresh: bool,
 ) -> int:
     """Train on the ranks at `place`: `target(world, (loaded, fresh))` on each. Returns the exit code of the run; its
-    error is shown once. Raises UserError.
+    error is shown once. Raises LaunchError.
     """
     allocation = allocation or Allocation()
-    config, launch = loaded.config, loaded.config.launch
-    run_dir = Path(launch.run_dir)
+    launch = loaded.config.launch
     fresh = fresh and allocation.restart == 0  # the second allocation of a run does not begin it once more
-    with hold_run(run_dir, allocation.name) as lock:
-        fit = fit_layout(config, place.world_size)
-        layout = check_run(fit.config, fit.ranks, loaded.origins)
-        supervision = Supervision(
-            Record(run_dir, allocation, can_restart=launch.restart, fresh=fresh),
-            Patience(launch.hang_timeout, launch.timeout),
-            SlowRanks(launch.slow_factor, rank_loads(config.model, layout)),
-            TimeLimit(find_end(os.environ)),
-        )
+    supervision, refusal = None, None
+    private_fds: tuple[int, ...] = ()
+    with ExitStack() as held:
+        if place.leads:
+            try:
+                lock = held.enter_context(hold_run(Path(launch.run_dir), allocation.name))
+                private_fds = () if lock is None else (lock,)
+                supervision = _supervise(place, loaded, allocation, fresh)
+            except UserError as error:
+                refusal = Verdict(error.exit_code, str(error))  # which the other agents are waiting to hear
         verdict = run_agent(
             place,
             target,
             (loaded, fresh),
-            preload=PRELOAD,
+            preload=() if refusal else PRELOAD,
             port=launch.port,
             supervision=supervision,
+            refusal=refusal,
             join_seconds=launch.timeout,
-            private_fds=() if lock is None else (lock,),
+            private_fds=private_fds,
         )
     show_verdict(verdict)
     return verdict.exit_code
+
+
+def _supervise(place: Place, loaded: LoadedRun, allocation: Allocation, fresh: bool) -> Supervision:
+    config, launch = loaded.config, loaded.config.launch
+    fit = fit_layout(config, place.world_size)
+    layout = check_run(fit.config, fit.ranks, loaded.origins)
+    return Supervision(
+        Record(Path(launch.run_dir), allocation, can_restart=launch.restart, fresh=fresh),
+        Patience(launch.hang_timeout, launch.timeout),
+        SlowRanks(launch.slow_factor, rank_loads(config.model, layout)),
+        TimeLimit(find_end(os.environ)),
+    )

@@ -15,6 +15,7 @@ import pytest
 
 from gptdist.errors import ConfigError, StorageError
 from gptdist.world import World
+from tests.dist.pretended import announce
 
 LAUNCH = """
 import sys
@@ -57,13 +58,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-def announce(folder: str, name: str, text: str) -> None:
-    """A file that is whole as soon as it is there."""
-    unfinished = Path(folder, f".{name}")
-    unfinished.write_text(text)
-    unfinished.rename(Path(folder, name))
 
 
 def return_codes(world: World, codes: str) -> int:

@@ -13,7 +13,8 @@ from launch.attempts import read_attempts
 from launch.hang import Patience, Standing
 from launch.lead import Lead, Supervision
 from launch.messages import Beats, Dump, End, Ended, Exit, Hello, Order, PassOn, Signalled, Stacks, Start
-from launch.record import Allocation, Record
+from launch.place import Allocation
+from launch.record import Record
 from launch.slow_ranks import SlowRanks
 from launch.time_limit import TimeLimit
 from launch.verdict import RankEnd, Report
@@ -219,7 +220,7 @@ def test_a_hang_is_reported_with_stacks_and_ended(cluster: Cluster, capsys: pyte
     assert cluster.took(Dump) == []
     for rank in range(4):
         cluster.stand(rank, still=10.5, busy=rank == 3)
-    cluster.tick()
+    cluster.tick(3)
     assert [agent for agent, _ in cluster.took(Dump)] == [0, 2]
     from launch.failure_report import RankStack
 
