@@ -253,9 +253,7 @@ def test_two_runs_at_the_same_ports_keep_apart(run: Run, tmp_path: Path) -> None
             run.start(end_at_once, agent, identity="job 1")
             other.start(end_at_once, agent, identity="job 2")
         assert run.ended() == other.ended() == [(0, ""), (0, "")]
-        worlds = [
-            {path.read_text() for path in await_files(one.folder, 4, "world-*")} for one in (run, other)
-        ]
+        worlds = [{path.read_text() for path in await_files(one.folder, 4, "world-*")} for one in (run, other)]
         assert len(worlds[0]) == len(worlds[1]) == 1 and worlds[0] != worlds[1]
     finally:
         other.close()
