@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/shellcheck .ci/run slurm/*.sbatch tests/cluster/lab/*.sh
+	$(BIN)/shellcheck .ci/run slurm/data_build.sbatch tests/unit/golden/*.sbatch tests/cluster/lab/*.sh
 
 clean:
 	rm -rf $(VENV) build dist gptdist.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
