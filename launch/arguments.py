@@ -13,7 +13,7 @@ from launch.arguments_cluster import add_after_allocation, add_submit
 from launch.arguments_data import add_data
 from launch.arguments_models import add_eval, add_export, add_generate, add_import, add_serve
 from launch.arguments_runs import add_logs, add_status, add_stop
-from launch.grammar import Parser, add_command, positive
+from launch.grammar import Parser, add_command, from_zero, positive
 
 EPILOG = """exit codes: 0 done, 1 failed, 2 a mistake to mend, 75 stopped early and resumable, 93 do not requeue
 Under torchrun, srun or mpirun, `gptdist train` is one rank. GPTDIST_DEBUG=1 shows tracebacks."""
@@ -60,5 +60,11 @@ def _add_train(parser: Parser, commands: Any) -> None:
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file's"
     )
     train.add_argument("--nproc", type=positive, metavar="N", help="start N ranks on this machine (default: 1)")
+    train.add_argument(
+        "--hosts",
+        metavar="A,B,C[:PORT]",
+        help="machines that each start this same command, N ranks each; no Slurm, no ssh",
+    )
+    train.add_argument("--node", type=from_zero, metavar="K", help="which of --hosts this one is (default: found out)")
     train.add_argument("--fresh", action="store_true", help="ignore checkpoints of an earlier run")
     train.add_argument("--print-config", action="store_true", help="show every setting and its origin, and stop")

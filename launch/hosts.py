@@ -4,12 +4,20 @@ No launcher, no ssh: a machine knows itself by its names, or because an address 
 connection.
 """
 
+import fcntl
 import socket
+import struct
+import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from gptdist.errors import LaunchError
+from launch.place import Place
+
+USUAL_PORTS = range(28500, 28516)
+_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,43 @@ def find_node(
     raise LaunchError(
         f"--hosts {','.join(hosts.names)}: {problem}. Say which it is with --node, from 0 to {last}, or mend the list."
     )
+
+
+def place_among(hosts: HostList, node: int, nproc: int, ranks: int, key_file: Path) -> Place | None:
+    """Where the agent of the machine `node` stands, of `nproc` ranks on each of which the first `ranks` of all train;
+    None where all of its ranks stay idle. `key_file`: in the run's folder, which all machines see."""
+    first = node * nproc
+    here = min(nproc, ranks - first)
+    if here <= 0:
+        return None
+    return Place(
+        world_size=ranks,
+        first_rank=first,
+        local_ranks=here,
+        local_world_size=here,
+        node_rank=node,
+        launcher="hosts",
+        lead_host=hosts.names[0],
+        lead_ports=tuple(USUAL_PORTS) if hosts.port is None else (hosts.port,),
+        identity=f"{','.join(hosts.names)} x {nproc}, {key_file.parent}",
+        key_file=key_file,
+    )
+
+
+def interface_of(name: str) -> str | None:
+    """The network interface of this machine that has the address of the host `name`: through it the others are reached.
+    None where it cannot be told."""
+    if not sys.platform.startswith("linux"):
+        return None
+    with suppress(OSError, UnicodeError):
+        wanted = {entry[4][0] for entry in socket.getaddrinfo(name, 0, socket.AF_INET, socket.SOCK_DGRAM)}
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, interface in socket.if_nameindex():
+                with suppress(OSError):  # one without an address
+                    found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+                    if socket.inet_ntoa(found[20:24]) in wanted:
+                        return interface
+    return None
 
 
 def names_of_this_machine() -> set[str]:

@@ -1,13 +1,22 @@
 """Lists of hosts and a machine's own place in them."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptdist.errors import LaunchError
-from launch.hosts import HostList, find_node, is_own_address, names_of_this_machine, parse_hosts
+from launch.hosts import (
+    HostList,
+    find_node,
+    interface_of,
+    is_own_address,
+    names_of_this_machine,
+    parse_hosts,
+    place_among,
+)
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}(\.[a-z]{2,5})?", fullmatch=True)
 
@@ -73,6 +82,27 @@ def test_a_machine_finds_itself_by_name_then_by_address(names, data):
 def test_none_and_several_are_errors(own, node, says):
     with pytest.raises(LaunchError, match=says):
         find_node(HostList(("a", "b", "c")), node, own_names={"me"}, is_own=lambda name: name in own)
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.data())
+def test_places_hold_each_rank_once(machines, nproc, data):
+    ranks = data.draw(st.integers(1, machines * nproc))
+    hosts = HostList(tuple(f"h{number}" for number in range(machines)))
+    places = [place_among(hosts, node, nproc, ranks, Path("run/.key")) for node in range(machines)]
+    found = [
+        rank for place in places if place for rank in range(place.first_rank, place.first_rank + place.local_ranks)
+    ]
+    assert found == list(range(ranks))
+    assert [place is None for place in places] == [node * nproc >= ranks for node in range(machines)]
+    there = [place for place in places if place]
+    assert there[0].leads and not any(place.leads for place in there[1:])
+    assert len({(place.identity, place.lead_host, place.lead_ports, place.world_size) for place in there}) == 1
+    assert place_among(HostList(("a", "b"), 4000), 1, 1, 2, Path("run/.key")).lead_ports == (4000,)
+
+
+def test_the_interface_of_an_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None
 
 
 def test_this_machine_knows_its_own():
