@@ -12,13 +12,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptdist.errors import EXIT_DONE, EXIT_FAILED, GptdistError
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, GptdistError
 from gptdist.world import World
 from launch.arguments import parse_arguments
-from launch.outer import find_allocation, find_place, find_world
+from launch.outer import count_nodes, find_allocation, find_place, find_world
 from launch.verdict import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from gptdist.config.load import LoadedRun
+    from launch.hosts import Machine
 
 HANDLERS = {
     "train": "launch.cli:train",
@@ -82,39 +86,64 @@ def train(args: argparse.Namespace) -> int:
     from gptdist.config.check import check_run
     from gptdist.config.load import load_run, render_config
     from launch.elastic import fit_layout
-    from launch.place import Place
-    from launch.run_folder import KEY
 
     world = find_world(os.environ, nproc=args.nproc)
-    nproc = args.nproc or 1
+    machine = _find_machine(args, world)
+    ranks = world.world_size if world else (args.nproc or 1) * machine.count
     try:
         loaded = load_run(args.config, args.overrides)
+        first = machine.node == 0 if world is None else world.is_first
         if args.print_config:
-            if world is None or world.is_first:
+            if first:
                 print(render_config(loaded), end="")
             return EXIT_DONE
-        if world is not None:
-            check_run(fit_layout(loaded.config, world.world_size).config, world.world_size, loaded.origins)
-        else:
-            fit = fit_layout(loaded.config, nproc, nodes=1)
-            check_run(fit.config, fit.ranks, loaded.origins)
-            if fit.idle:
-                print(f"note    {fit.idle}", flush=True)
-            nproc = fit.ranks
+        fit = fit_layout(loaded.config, ranks, machine.count if world is None else count_nodes(os.environ))
+        may_idle = world is None or world.launcher == "srun"  # elsewhere a rank is not ours to leave out
+        check_run(fit.config, fit.ranks if may_idle else ranks, loaded.origins)
     except GptdistError as error:
         if world is not None and world.local_rank > 0:
             return error.exit_code  # the node's first rank reads the same file and says the same
         raise
+    if fit.idle and first:
+        print(f"note    {fit.idle}", flush=True)
+    return _train(args, loaded, world, machine, fit.ranks)
+
+
+def _find_machine(args: argparse.Namespace, world: World | None) -> "Machine":
+    """This machine among those of `--hosts`."""
+    from launch.hosts import Machine, find_machine
+
+    if args.hosts is None and args.node is None:
+        return Machine()
+    if args.hosts is None or world is not None:
+        missing = (
+            "there is no --hosts" if args.hosts is None else f"{world.launcher if world else ''} started this rank"
+        )
+        raise ConfigError(
+            f"--hosts and --node are for machines that nobody starts ranks on; {missing}. Give --hosts on each "
+            "machine, or leave both out."
+        )
+    return find_machine(args.hosts, args.node)
+
+
+def _train(args: argparse.Namespace, loaded: "LoadedRun", world: World | None, machine: "Machine", ranks: int) -> int:
+    """Train on the first `ranks` of all; the others' processes end at once."""
+    from launch.elastic import seat
+    from launch.hosts import place_among
+    from launch.run_folder import KEY
     from launch.train_ranks import train_ranks
 
+    launch = loaded.config.launch
+    key_file = Path(launch.run_dir) / KEY
     if world is None:
-        return train_ranks(Place.alone(nproc), loaded, run_rank, fresh=args.fresh)
-    port = loaded.config.launch.port
-    world = find_world(os.environ, port=port) or world
-    place = find_place(os.environ, world, port, Path(loaded.config.launch.run_dir) / KEY)
-    if place is None:
-        return _train_under_launcher(loaded, world, args.fresh)
-    return train_ranks(place, loaded, run_rank, find_allocation(os.environ), fresh=args.fresh)
+        place, allocation = place_among(machine, args.nproc or 1, ranks, key_file), None
+    elif world.launcher != "srun":
+        return _train_under_launcher(loaded, find_world(os.environ, port=launch.port) or world, args.fresh)
+    else:
+        world = seat(find_world(os.environ, port=launch.port) or world, ranks)
+        place = find_place(os.environ, world, launch.port, key_file) if world else None
+        allocation = find_allocation(os.environ)
+    return EXIT_DONE if place is None else train_ranks(place, loaded, run_rank, allocation, fresh=args.fresh)
 
 
 def run_rank(world: World, payload: tuple[Any, bool]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from gptdist.config.sections import RunConfig
 from gptdist.errors import LayoutError
 from gptdist.world import World
+from launch.outer import LOOPBACK
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def seat(world: World, ranks: int) -> World | None:
     if world.global_rank >= ranks:
         return None
     here = min(world.local_world_size, ranks - (world.global_rank - world.local_rank))
-    return replace(world, world_size=ranks, local_world_size=here)
+    seated = replace(world, world_size=ranks, local_world_size=here)
+    return replace(seated, master_address=LOOPBACK) if seated.is_one_node else seated
 
 
 def _model_splits(config: RunConfig) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ connection.
 """
 
 import fcntl
+import os
 import socket
 import struct
 import sys
@@ -27,6 +28,30 @@ class HostList:
 
     names: tuple[str, ...]
     port: int | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Which machine of a run this is; the only one where there is no list."""
+
+    hosts: HostList | None = None
+    node: int = 0
+
+    @property
+    def count(self) -> int:
+        return 1 if self.hosts is None else len(self.hosts.names)
+
+
+def find_machine(text: str, node: int | None) -> Machine:
+    """This machine in the list that --hosts gives; `node`: what --node says. Other ranks are then reached through the
+    interface of its listed address, unless the environment names another. Raises LaunchError."""
+    hosts = parse_hosts(text)
+    found = find_node(hosts, node)
+    interface = interface_of(hosts.names[found])
+    if interface not in (None, "lo"):
+        # Else gloo takes that of the host name, which on many machines is the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return Machine(hosts, found)
 
 
 def parse_hosts(text: str) -> HostList:
@@ -78,10 +103,13 @@ def find_node(
     )
 
 
-def place_among(hosts: HostList, node: int, nproc: int, ranks: int, key_file: Path) -> Place | None:
-    """Where the agent of the machine `node` stands, of `nproc` ranks on each of which the first `ranks` of all train;
-    None where all of its ranks stay idle. `key_file`: in the run's folder, which all machines see."""
-    first = node * nproc
+def place_among(machine: Machine, nproc: int, ranks: int, key_file: Path) -> Place | None:
+    """Where the agent of a machine stands, where `nproc` ranks start on each and the first `ranks` of all train; None
+    where all of its own stay idle. `key_file`: in the run's folder, which all machines see."""
+    hosts = machine.hosts
+    if hosts is None:
+        return Place.alone(ranks)
+    first = machine.node * nproc
     here = min(nproc, ranks - first)
     if here <= 0:
         return None
@@ -90,7 +118,7 @@ def place_among(hosts: HostList, node: int, nproc: int, ranks: int, key_file: Pa
         first_rank=first,
         local_ranks=here,
         local_world_size=here,
-        node_rank=node,
+        node_rank=machine.node,
         launcher="hosts",
         lead_host=hosts.names[0],
         lead_ports=tuple(USUAL_PORTS) if hosts.port is None else (hosts.port,),

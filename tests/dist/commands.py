@@ -79,10 +79,10 @@ class Ended:
 class Command:
     """One running command."""
 
-    def __init__(self, argv: list[str], folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, argv: list[str], folder: Path, env: Mapping[str, str], enter: Callable[[], None]) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
         self._process: BaseProcess = fork_server().Process(
-            target=_run_command, args=(argv, str(self._out), str(self._err), dict(env))
+            target=_run_command, args=(argv, str(self._out), str(self._err), dict(env), enter)
         )  # no daemon: commands have processes of their own
         self._process.start()
 
@@ -124,11 +124,12 @@ class Command:
 
 
 class Commands:
-    """Starts commands in `folder`, where their relative paths count from."""
+    """Starts commands in `folder`, where their relative paths count from. `enter`: what their process does first."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
         self.folder = folder
         self.corpus = corpus
+        self.enter: Callable[[], None] = _stay
         self._count = 0
 
     def start(self, *argv: object, **env: str) -> Command:
@@ -136,7 +137,7 @@ class Commands:
         self._count += 1
         output = self.folder / f".command-{self._count}"
         output.mkdir()
-        return Command([str(word) for word in argv], output, env)
+        return Command([str(word) for word in argv], output, env, self.enter)
 
     def run(self, *argv: object, timeout_seconds: float = 120.0) -> Ended:
         """`gptdist ARGV` to its end."""
@@ -226,9 +227,14 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _run_command(argv: list[str], out_path: str, err_path: str, env: dict[str, str]) -> None:
+def _stay() -> None:
+    """A command's process runs on this machine."""
+
+
+def _run_command(argv: list[str], out_path: str, err_path: str, env: dict[str, str], enter: Callable[[], None]) -> None:
     """The command's process: as one started from a shell, but for the imports that are already there."""
     check_forked()
+    enter()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server itself ends when pytest does
     os.setsid()
     for number, path in ((1, out_path), (2, err_path)):

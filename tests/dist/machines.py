@@ -3,14 +3,19 @@
 Needs root and iproute2. Nothing of it is seen from outside, and nothing of it is left.
 """
 
+import ctypes
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[2]
 _NET = "10.97.0"  # seen inside only
+_NEW_MOUNTS, _NEW_NAME, _NEW_NETWORK = 0x00020000, 0x04000000, 0x40000000
 
 
 def why_no_machines() -> str | None:
@@ -80,8 +85,24 @@ class Machines:
         self._running.append(process)
         return process
 
+    def enter(self, number: int, hidden: Path | None = None) -> Callable[[], None]:
+        """What a process does to be on a machine, for good; there, the folder `hidden` is another, empty one."""
+        return partial(_enter, f"/run/netns/{self._name(number)}", f"machine{number}", hidden)
+
     def _name(self, name: object) -> str:
         return f"{self._tag}-{name}"
+
+
+def _enter(network: str, name: str, hidden: Path | None) -> None:
+    system = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(network, os.O_RDONLY)
+    if system.setns(descriptor, _NEW_NETWORK) or system.unshare(_NEW_NAME | (_NEW_MOUNTS if hidden else 0)):
+        raise OSError(ctypes.get_errno(), f"cannot enter {network}")
+    os.close(descriptor)
+    socket.sethostname(name)
+    if hidden is not None:
+        for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "tmpfs", str(hidden)]):
+            subprocess.run(["mount", *words], check=True)
 
 
 def _ip(*words: str) -> None:

@@ -142,10 +142,11 @@ def test_only_where_it_is_wanted_and_on_nodes_enough() -> None:
 def test_every_rank_finds_its_seat_or_stays_idle(nodes: int, per_node: int, data: st.DataObject) -> None:
     used = data.draw(st.integers(1, nodes * per_node))
     seats = [
-        seat(World(rank, nodes * per_node, rank % per_node, per_node, rank // per_node), used)
+        seat(World(rank, nodes * per_node, rank % per_node, per_node, rank // per_node, "node1"), used)
         for rank in range(nodes * per_node)
     ]
     assert [place is not None for place in seats] == [rank < used for rank in range(len(seats))]
     for place in filter(None, seats):
         on_its_node = [other for other in seats if other and other.node_rank == place.node_rank]
         assert (place.world_size, place.local_world_size) == (used, len(on_its_node))
+        assert (place.master_address == "127.0.0.1") == place.is_one_node

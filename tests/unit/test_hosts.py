@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gptdist.errors import LaunchError
 from launch.hosts import (
     HostList,
+    Machine,
     find_node,
     interface_of,
     is_own_address,
@@ -17,6 +18,7 @@ from launch.hosts import (
     parse_hosts,
     place_among,
 )
+from launch.place import Place
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}(\.[a-z]{2,5})?", fullmatch=True)
 
@@ -88,7 +90,7 @@ def test_none_and_several_are_errors(own, node, says):
 def test_places_hold_each_rank_once(machines, nproc, data):
     ranks = data.draw(st.integers(1, machines * nproc))
     hosts = HostList(tuple(f"h{number}" for number in range(machines)))
-    places = [place_among(hosts, node, nproc, ranks, Path("run/.key")) for node in range(machines)]
+    places = [place_among(Machine(hosts, node), nproc, ranks, Path("run/.key")) for node in range(machines)]
     found = [
         rank for place in places if place for rank in range(place.first_rank, place.first_rank + place.local_ranks)
     ]
@@ -97,7 +99,8 @@ def test_places_hold_each_rank_once(machines, nproc, data):
     there = [place for place in places if place]
     assert there[0].leads and not any(place.leads for place in there[1:])
     assert len({(place.identity, place.lead_host, place.lead_ports, place.world_size) for place in there}) == 1
-    assert place_among(HostList(("a", "b"), 4000), 1, 1, 2, Path("run/.key")).lead_ports == (4000,)
+    assert place_among(Machine(HostList(("a", "b"), 4000), 1), 1, 2, Path("run/.key")).lead_ports == (4000,)
+    assert place_among(Machine(), nproc, ranks, Path("run/.key")) == Place.alone(ranks)
 
 
 def test_the_interface_of_an_address():
