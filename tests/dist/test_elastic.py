@@ -89,6 +89,21 @@ def test_ranks_that_find_nothing_to_do(commands: Commands, tmp_path: Path) -> No
     refused.one_error("There is 1 node", "launch.min_nodes")
 
 
+def test_tasks_of_srun_that_find_nothing_to_do(commands: Commands, tmp_path: Path) -> None:
+    step = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 3, "SLURM_STEP_TASKS_PER_NODE": 3}
+    step |= {"SLURM_NODEID": 0, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_NODELIST": "localhost"}
+    settings = {"train__steps": 2, "schedule__warmup_steps": 1, "train__global_batch_size": 2, "launch__min_nodes": 1}
+    words = commands.train_words(tmp_path / "run", 1, **settings)
+    tasks = []
+    for task in range(3):
+        env = {**step, "SLURM_PROCID": task, "SLURM_LOCALID": task}
+        tasks.append(commands.start(*words, **{name: str(value) for name, value in env.items()}))
+    ends = [task.wait().expect(0) for task in tasks]
+    assert "note    rank 2 stays idle: of 3 ranks, 2 share the global batch evenly" in ends[0].out
+    assert "on 2 x cpu" in ends[0].out and "done. Step 2" in ends[0].out
+    assert not ends[2].out and not any(end.errors for end in ends)
+
+
 def test_another_precision_needs_a_word(commands: Commands, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     commands.train(run_dir, train__steps=4, train__stop_after=2).expect(75)
