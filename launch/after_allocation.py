@@ -6,6 +6,7 @@ what is to be; srun's exit code counts only where there is none. Knows files and
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -25,12 +26,16 @@ from gptdist.errors import (
 )
 from launch.attempts import Attempt, end, read_attempts
 from launch.rules import DONE, REQUEUE, STOP, Failure, decide
-from launch.run_files import read_run
+from launch.run_files import RunFiles, read_run
 from launch.slurm import exclude_nodes, requeue
 from launch.slurm_queue import QueuedJob, cancel, read_queue
+from launch.time_limit import find_end
 
 ASKED_TO_STOP = tuple(128 + number for number in (signal.SIGUSR1, signal.SIGTERM))
 """What a shell says of an srun that such a signal ended before it had started any rank."""
+CONTROLLER_SECONDS = 600.0
+"""A controller that is down is asked again for so long: one that restarts, or its backup, is there in minutes."""
+ASK_AGAIN_SECONDS = 10.0
 NO_RANK = "no rank began to train"
 KILLED = Failure("everything was killed at once, without a word: a node lost, or out of memory?", node_lost=True)
 
@@ -44,10 +49,13 @@ def main(args: argparse.Namespace) -> int:
     last = settle(run_dir, f"slurm {job_id}", _restart_count(os.environ), args.srun_exit)
     _say(last.reason or "all ranks have ended")
     try:
-        return _follow(run_dir, job_id, last)
+        _follow_patiently(run_dir, job_id, last)
     except (LaunchError, SlurmRefused, SlurmUnavailable) as error:
-        _say(f"what comes next could not be arranged: {error} To go on: sbatch {run_dir / 'job.sbatch'}")
-        return last.exit_code or EXIT_RESUMABLE
+        to_go_on = f" To go on: sbatch {shlex.quote(str(run_dir / 'job.sbatch'))}" if last.action == REQUEUE else ""
+        _say(f"what comes next could not be arranged: {error}{to_go_on}")
+    if last.action == REQUEUE:
+        return EXIT_RESUMABLE
+    return EXIT_DONE if last.action == DONE else EXIT_FAILED if last.exit_code is None else last.exit_code
 
 
 def settle(run_dir: Path, allocation: str, restart: int, srun_exit: int) -> Attempt:
@@ -63,7 +71,10 @@ def settle(run_dir: Path, allocation: str, restart: int, srun_exit: int) -> Atte
         earlier, failure = attempts, _failure_without_ranks(attempts, srun_exit)
         last = _nothing_began(attempts, allocation, restart, len(mine))
     ended = replace(last, ended=time.time())
-    if srun_exit == EXIT_DONE and _is_complete(run_dir):  # on a disk too full for the record
+    files = _files(run_dir)
+    if failure is KILLED and files is not None and files.saved is not None:
+        ended = replace(ended, saved_step=files.saved.step)  # nobody was left to say so
+    if srun_exit == EXIT_DONE and files is not None and files.is_complete:  # on a disk too full for the record
         ended = replace(ended, exit_code=EXIT_DONE, action=DONE)
     else:
         ended = replace(ended, reason=failure.reason, failed=not failure.stopping)
@@ -85,10 +96,12 @@ def _read(run_dir: Path) -> list[Attempt]:
         return []
 
 
-def _is_complete(run_dir: Path) -> bool:
-    """Whether the last step is saved."""
-    files = read_run(run_dir)
-    return files.saved is not None and files.steps is not None and files.saved.step >= files.steps
+def _files(run_dir: Path) -> RunFiles | None:
+    """What the folder tells of progress; None where it cannot be read."""
+    try:
+        return read_run(run_dir)
+    except (LaunchError, StorageError):
+        return None
 
 
 def _nothing_began(attempts: Sequence[Attempt], allocation: str, restart: int, generation: int) -> Attempt:
@@ -109,37 +122,49 @@ def _failure_without_ranks(attempts: Sequence[Attempt], srun_exit: int) -> Failu
     return Failure(reason, EXIT_FAILED, node_lost=bool(attempts))
 
 
-def _follow(run_dir: Path, job_id: str, last: Attempt) -> int:
-    """Do what the record says."""
+def _follow_patiently(run_dir: Path, job_id: str, last: Attempt) -> None:
+    """Do what the record says. A controller that does not answer must not end the run: nobody would start it again."""
+    deadline = time.monotonic() + CONTROLLER_SECONDS
+    while True:
+        try:
+            _follow(run_dir, job_id, last)
+            return
+        except SlurmUnavailable as error:
+            if time.monotonic() > deadline:
+                raise
+            _say(f"asking again in {ASK_AGAIN_SECONDS:g} s: {error}")
+        time.sleep(ASK_AGAIN_SECONDS)
+
+
+def _follow(run_dir: Path, job_id: str, last: Attempt) -> None:
     jobs = read_queue() or []
     waiting = [job.id for job in jobs if job.waits and job.is_of(run_dir) and job.id != job_id]
     if last.action != REQUEUE:
         if waiting:
             cancel(waiting)
             _say(f"cancelled {', '.join(waiting)}, which would have gone on")
-        return EXIT_DONE if last.action == DONE else EXIT_FAILED if last.exit_code is None else last.exit_code
+        return
     if waiting:
         _say(f"job {waiting[0]} goes on")
         for chained in waiting:
             _exclude(chained, last.culprits)
-        return EXIT_RESUMABLE
+        return
     own = next((job for job in jobs if job.id == job_id), None)
     if own is None or not _may_come_back(own, os.environ):
         _say("Slurm ends this job itself: someone cancelled it, or it is requeued already for a lost node")
         _exclude(job_id, last.culprits)  # refused where it was cancelled
-        return EXIT_RESUMABLE
+        return
     # Slurm ends this process soon after; until then the job cannot begin again.
     ignore_term()
     _say("requeued")
     requeue(job_id)
     _exclude(job_id, last.culprits)
-    return EXIT_RESUMABLE
 
 
 def _may_come_back(own: QueuedJob, environment: Mapping[str, str]) -> bool:
     """Whether the job still runs, or was ended by its time limit, not by someone who cancelled it."""
-    end_time = environment.get("SLURM_JOB_END_TIME", "")
-    return own.state == "RUNNING" or (end_time.isdecimal() and time.time() >= int(end_time))
+    end = find_end(environment)
+    return own.state == "RUNNING" or (end is not None and time.time() >= end)
 
 
 def _exclude(job_id: str, hosts: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ def decide(attempts: Sequence[Attempt], failure: Failure, *, can_restart: bool, 
         return Decision(REQUEUE if can_requeue else STOP, EXIT_RESUMABLE, failure.culprits)
     if failure.unfit:
         return Decision(REQUEUE, EXIT_RESUMABLE, failure.culprits) if can_requeue else Decision(STOP, failure.exit_code)
-    if not any(_worked(attempt) for attempt in attempts):
+    if not _ever_worked(attempts):
         return Decision(STOP, failure.exit_code)
     repeated = _repeated(attempts, failure)
     if repeated and can_requeue:
@@ -94,9 +94,12 @@ def restarts_without_progress(attempts: Sequence[Attempt]) -> int:
     return count
 
 
-def _worked(attempt: Attempt) -> bool:
-    """It finished a step."""
-    return attempt.last_step is not None and attempt.last_step > attempt.start_step
+def _ever_worked(attempts: Sequence[Attempt]) -> bool:
+    """An attempt finished a step; of one that was killed without a word, its checkpoint or the next start tells."""
+    return any(
+        max(attempt.last_step or 0, attempt.saved_step or 0, later.start_step if later else 0) > attempt.start_step
+        for attempt, later in zip_longest(attempts, attempts[1:])
+    )
 
 
 def _repeated(attempts: Sequence[Attempt], failure: Failure) -> tuple[str, ...]:

@@ -57,6 +57,11 @@ class RunFiles:
         return not self.attempts or any(attempt.allocation.startswith("slurm ") for attempt in self.attempts)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the last step is saved."""
+        return self.saved is not None and self.steps is not None and self.saved.step >= self.steps
+
+    @property
     def last_word(self) -> float | None:
         """When the run last wrote anything that we read."""
         moments = [line.time for line in self.log[-1:]]

@@ -1,6 +1,7 @@
 """What a job does when its ranks have ended, by the record and a queue that says what it is told to."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr("launch.after_allocation.ignore_term", lambda: None)
     monkeypatch.setattr("launch.slurm.PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr("launch.slurm.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("launch.after_allocation.CONTROLLER_SECONDS", 0.3)
+    monkeypatch.setattr("launch.after_allocation.ASK_AGAIN_SECONDS", 0.1)
     return Job(tmp_path, slurm)
 
 
@@ -135,6 +138,35 @@ def test_a_controller_that_is_down(job: Job, capsys: pytest.CaptureFixture[str])
     job.slurm.answers("squeue", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
     assert job.ends() == 75
     assert "job.sbatch" in capsys.readouterr().err
+    job.was(DONE, 0)
+    assert job.ends() == 0, "a run that is done stays so"
+    assert "To go on" not in capsys.readouterr().err
+
+
+def test_a_controller_that_restarts_is_asked_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.after_allocation.CONTROLLER_SECONDS", 60.0)
+    job.was(REQUEUE, 75)
+    down = (
+        '[ -e "$FAKE_SLURM/up" ] || { touch "$FAKE_SLURM/up"; echo "Unable to contact slurm controller" >&2; exit 1; }'
+    )
+    row = f"printf '7\\tRUNNING\\tNone\\t2\\tnode[1-2]\\t1:00\\tN/A\\t{job.run_dir}/job.sbatch\\n'"
+    job.slurm.answers("squeue", f"{down}\n{row}")
+    assert job.ends() == 75
+    assert job.told() == [["requeue", "7"]]
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_END_TIME", "GPTDIST_JOB_ENDS"])
+@pytest.mark.parametrize(("left", "told"), [(-5, [["requeue", "7"]]), (500, [])])
+def test_a_job_that_its_time_limit_ends_goes_on_and_a_cancelled_one_does_not(
+    job: Job, monkeypatch: pytest.MonkeyPatch, variable: str, left: int, told: list[list[str]]
+) -> None:
+    for name in ("SLURM_JOB_END_TIME", "GPTDIST_JOB_ENDS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(int(time.time()) + left))
+    job.was(REQUEUE, 75)
+    job.queue(("7", "COMPLETING"))
+    assert job.ends() == 75
+    assert job.told() == told
 
 
 def test_a_begin_without_an_end_was_killed_without_a_word(job: Job) -> None:
@@ -150,6 +182,14 @@ def test_an_end_between_two_attempts_in_place_is_a_failure_of_its_own(job: Job) 
     job.was(RESTART, 1, failed=True)
     assert job.ends(srun_exit=137) == 75
     assert [attempt.generation for attempt in read_attempts(job.run_dir)] == [0, 1]
+
+
+def test_what_a_run_had_saved_when_it_was_killed_is_on_record(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = RunFiles(job.run_dir, 100, (), {}, SavedStep(40, job.run_dir, None, True), (), ())
+    monkeypatch.setattr("launch.after_allocation.read_run", lambda run_dir: files)
+    job.was(None)
+    assert job.ends(srun_exit=137) == 75
+    assert read_attempts(job.run_dir)[0].saved_step == 40
 
 
 def test_killed_again_and_again_without_progress_is_given_up(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,14 @@ def test_where_nothing_ever_worked_nothing_is_tried_again() -> None:
     assert asked([attempt(last=5), attempt(start=0)]).action == RESTART
 
 
+def test_steps_of_an_attempt_that_was_killed_without_a_word_are_steps_too() -> None:
+    silent = attempt(ended=None, failed=False, exit_code=None, action=None)
+    assert asked([silent, attempt()]) == Decision(STOP, 1)
+    assert asked([silent, attempt(start=40)]).action == RESTART, "the first one had saved step 40"
+    assert asked([attempt(saved=40, action=REQUEUE), attempt(start=40)]).action == RESTART
+    assert asked([attempt(start=40, saved=40)]) == Decision(STOP, 1), "it only began there"
+
+
 @pytest.mark.parametrize("code", [1, 2, 93])
 def test_what_gptdist_decided_is_not_tried_again(code: int) -> None:
     failure = Failure("the loss was not finite", code, deliberate=True)
