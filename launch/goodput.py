@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE
 from launch.attempts import Attempt
+from launch.rules import DONE, STOP
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,25 @@ def goodput(log: Sequence[LoggedStep], attempts: Sequence[Attempt], now: float) 
     return min(1.0, kept_seconds(log, attempts) / wall) if wall > 0 else None
 
 
+def last_kept_step(attempts: Sequence[Attempt]) -> int | None:
+    """Of an attempt that has ended, what it finished or saved; of one that goes on, where it began: its log says more.
+    None where there is no record."""
+    if not attempts:
+        return None
+    last = attempts[-1]
+    if last.ended is None:
+        return last.start_step
+    known = last.last_step if last.action == DONE else last.saved_step
+    return max(known or 0, last.start_step)
+
+
 def kept_steps(log: Sequence[LoggedStep], attempts: Sequence[Attempt]) -> list[LoggedStep]:
     """Lines of steps that count, by step: each attempt goes back to where it began, an ended one to what it saved."""
     kept: list[LoggedStep] = []
     cuts = [(attempt.began, attempt.start_step) for attempt in attempts]
-    last = attempts[-1] if attempts else None
-    if last is not None and last.ended is not None and last.action != "done":
-        cuts.append((last.ended, last.saved_step or 0))
+    last, reached = attempts[-1] if attempts else None, last_kept_step(attempts)
+    if last is not None and last.ended is not None and last.action != DONE and reached is not None:
+        cuts.append((last.ended, reached))
     for line in log:
         while cuts and cuts[0][0] < line.time:
             _drop_after(kept, cuts.pop(0)[1])
@@ -49,11 +62,18 @@ def kept_steps(log: Sequence[LoggedStep], attempts: Sequence[Attempt]) -> list[L
 
 
 def kept_seconds(log: Sequence[LoggedStep], attempts: Sequence[Attempt]) -> float:
-    """Seconds of making those steps. A step without a line of its own took as long as those of the next line."""
+    """Seconds of making those steps, and those kept after them. A step without a line of its own took as long as those
+    of the next line, or, where there is none, of the one before."""
     seconds, before = 0.0, 0
-    for line in kept_steps(log, attempts):
+    kept = kept_steps(log, attempts)
+    for line in kept:
         seconds += (line.step - before) * line.step_seconds
         before = line.step
+    unlogged = (last_kept_step(attempts) or 0) - before
+    if unlogged > 0 and log:
+        later = [line for line in log if line.step > before]  # dropped since, but as fast
+        like = later[-1] if later else kept[-1]
+        seconds += unlogged * like.step_seconds
     return seconds
 
 
@@ -66,7 +86,7 @@ def _wall_seconds(log: Sequence[LoggedStep], attempts: Sequence[Attempt], now: f
     if not attempts:
         return now - (log[0].time - log[0].step_seconds)
     last = attempts[-1]
-    end = last.ended if last.ended is not None and last.action in ("stop", "done") else now
+    end = last.ended if last.ended is not None and last.action in (STOP, DONE) else now
     pauses = sum(
         max(0.0, after.began - before.ended)
         for before, after in pairwise(attempts)
@@ -76,4 +96,4 @@ def _wall_seconds(log: Sequence[LoggedStep], attempts: Sequence[Attempt], now: f
 
 
 def _was_wished(attempt: Attempt) -> bool:
-    return attempt.action == "done" or (attempt.action == "stop" and attempt.exit_code in (EXIT_DONE, EXIT_RESUMABLE))
+    return attempt.action == DONE or (attempt.action == STOP and attempt.exit_code in (EXIT_DONE, EXIT_RESUMABLE))

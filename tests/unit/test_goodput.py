@@ -46,6 +46,30 @@ def test_while_it_waits_what_was_not_saved_is_lost() -> None:
     assert goodput(steps(110.0, 1, 50), [ended], now=400.0) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("ended", "seconds"),
+    [
+        ({"ended": 160.0, "saved_step": 47, "action": "requeue"}, 47.0),  # the last line is of step 40
+        ({"ended": 160.0, "saved_step": 33, "action": "requeue"}, 33.0),  # 31 to 33 as fast as the 40 that is lost
+        ({"ended": 160.0, "last_step": 48, "saved_step": 48, "action": "done"}, 48.0),
+        ({"ended": 160.0, "saved_step": None, "action": "requeue"}, 0.0),
+        ({}, 40.0),  # it still runs, and may lose what it did since
+    ],
+)
+def test_steps_after_the_last_line_count_where_they_are_kept(ended: dict[str, object], seconds: float) -> None:
+    attempt = replace(FIRST, **ended)  # type: ignore[arg-type]
+    assert kept_seconds(steps(110.0, 1, 49, every=10), [attempt]) == pytest.approx(seconds)
+
+
+def test_steps_of_earlier_attempts_stay_while_a_later_one_saves_none() -> None:
+    first = replace(FIRST, ended=160.0, last_step=50, saved_step=45, action="requeue")
+    log = steps(110.0, 1, 50, every=10)
+    again = replace(FIRST, restart=1, began=170.0, start_step=45)
+    assert kept_seconds(log, [first, again]) == pytest.approx(45.0), "before its first line"
+    failed = replace(again, ended=180.0, saved_step=None, action="requeue")
+    assert kept_seconds(log, [first, failed]) == pytest.approx(45.0)
+
+
 def test_the_time_stops_when_the_run_does() -> None:
     done = replace(FIRST, ended=200.0, last_step=90, action="done", exit_code=0)
     assert goodput(steps(110.0, 1, 90), [done], now=9999.0) == pytest.approx(0.9)
