@@ -147,18 +147,18 @@ def _follow(run_dir: Path, job_id: str, last: Attempt) -> None:
     if waiting:
         _say(f"job {waiting[0]} goes on")
         for chained in waiting:
-            _exclude(chained, last.culprits)
+            _exclude(chained, last.culprits, run_dir)
         return
     own = next((job for job in jobs if job.id == job_id), None)
     if own is None or not _may_come_back(own, os.environ):
         _say("Slurm ends this job itself: someone cancelled it, or it is requeued already for a lost node")
-        _exclude(job_id, last.culprits)  # refused where it was cancelled
+        _exclude(job_id, last.culprits, run_dir)  # refused where it was cancelled
         return
     # Slurm ends this process soon after; until then the job cannot begin again.
     ignore_term()
     _say("requeued")
     requeue(job_id)
-    _exclude(job_id, last.culprits)
+    _exclude(job_id, last.culprits, run_dir)
 
 
 def _may_come_back(own: QueuedJob, environment: Mapping[str, str]) -> bool:
@@ -167,14 +167,20 @@ def _may_come_back(own: QueuedJob, environment: Mapping[str, str]) -> bool:
     return own.state == "RUNNING" or (end is not None and time.time() >= end)
 
 
-def _exclude(job_id: str, hosts: Sequence[str]) -> None:
+def _exclude(job_id: str, hosts: Sequence[str], run_dir: Path) -> None:
     if not hosts:
         return
+    files = _files(run_dir)
     try:
-        exclude_nodes(job_id, hosts)
-        _say(f"job {job_id} does without {', '.join(hosts)}")
+        without = exclude_nodes(job_id, hosts, files.min_nodes if files else None)
     except (SlurmRefused, SlurmUnavailable) as error:
         _say(f"job {job_id} may get {', '.join(hosts)} again: {error}")
+        return
+    if without:
+        _say(f"job {job_id} does without {', '.join(without)}")
+    back = [host for host in hosts if host.partition(".")[0] not in without]
+    if back:
+        _say(f"job {job_id} may get {', '.join(back)} again: its partition has no other node for it")
 
 
 def ignore_term() -> None:

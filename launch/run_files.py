@@ -40,7 +40,8 @@ class SavedStep:
 @dataclass(frozen=True)
 class RunFiles:
     """`steps`: of the whole run; `latest`: the values last logged with a step's loss, empty before the first;
-    `alive`: whether the process that leads it runs, None where that cannot be told from here."""
+    `alive`: whether the process that leads it runs, None where that cannot be told from here. `min_nodes`: fewer than
+    it asks for, with which it goes on."""
 
     run_dir: Path
     steps: int | None
@@ -50,6 +51,7 @@ class RunFiles:
     attempts: tuple[Attempt, ...]
     notes: tuple[Note, ...]
     alive: bool | None = None
+    min_nodes: int | None = None
 
     @property
     def concerns_slurm(self) -> bool:
@@ -114,6 +116,7 @@ def read_run(run_dir: Path) -> RunFiles:
         tuple(read_attempts(run_dir)),
         tuple(read_notes(run_dir)),
         holder_is_alive(run_dir),
+        config.launch.min_nodes if config else None,
     )
 
 

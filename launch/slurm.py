@@ -122,24 +122,48 @@ def requeue(job_id: str) -> None:
         )
 
 
-def exclude_nodes(job_id: str, hosts: Sequence[str]) -> None:
-    """Have a waiting job do without these nodes, besides those that it already does without.
+def exclude_nodes(job_id: str, hosts: Sequence[str], min_nodes: int | None = None) -> list[str]:
+    """Have a waiting job do without these nodes, besides those that it already does without; which those are now.
+
+    Never without so many that fewer than `min_nodes` are left for it: then it would wait for ever. Those left out first
+    may come back first. None: as many as Slurm says; of a requeued job, those are as many as it had.
 
     Just after a requeue the job is still ending and cannot be changed: it is tried for some seconds. Raises like
     `requeue`.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        shown = ask(["scontrol", "show", "job", "--oneliner", job_id]).stdout
-        before = re.search(r"\bExcNodeList=(\S+)", shown)
-        names = [before.group(1)] if before and before.group(1) != "(null)" else []
-        names += [host.partition(".")[0] for host in hosts]
-        answer = ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(dict.fromkeys(names))}"])
+        job = ask(["scontrol", "show", "job", "--oneliner", job_id]).stdout
+        before = re.search(r"\bExcNodeList=(\S+)", job)
+        names = _host_names(before.group(1)) if before and before.group(1) != "(null)" else []
+        names = list(dict.fromkeys([*names, *(host.partition(".")[0] for host in hosts)]))
+        names = _dispensable(job, names, min_nodes)
+        answer = ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(names)}"])
         if not answer.returncode:
-            return
+            return names
         if time.monotonic() > deadline:
             raise SlurmRefused(said(answer.stderr))
         time.sleep(POLL_SECONDS)
+
+
+def _host_names(node_list: str) -> list[str]:
+    """Of Slurm's notation for many."""
+    return ask(["scontrol", "show", "hostnames", node_list]).stdout.split() or [node_list]
+
+
+def _dispensable(job: str, names: list[str], min_nodes: int | None) -> list[str]:
+    """The last of `names` that a job, as scontrol shows it, can do without in its partition; all where that is not
+    known."""
+    partition, nodes_of_job = re.search(r"\bPartition=(\S+)", job), re.search(r"\bNumNodes=(\d+)", job)
+    if partition is None or nodes_of_job is None:
+        return names
+    shown = ask(["sinfo", "--noheader", "--Node", f"--partition={partition.group(1)}", "--format=%N"])
+    nodes = set(shown.stdout.split())
+    if not nodes:
+        return names
+    there = [name for name in names if name in nodes]  # of a name that it does not know, Slurm would refuse all
+    spare = max(0, len(nodes) - (min_nodes or int(nodes_of_job.group(1))))
+    return there[max(0, len(there) - spare) :]
 
 
 def parse_time(text: str) -> float | None:

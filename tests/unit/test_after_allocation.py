@@ -23,12 +23,22 @@ class Job:
         self.run_dir.mkdir()
         self.slurm = slurm
         self.queue(("7", "RUNNING"))
-        slurm.answers("scontrol", 'case "$1" in show) echo "JobId=$4 ExcNodeList=(null) Partition=main";; esac')
+        self.shows("(null)")
 
     def queue(self, *jobs: tuple[str, str]) -> None:
         row = "printf '%s\\t%s\\tNone\\t2\\tnode[1-2]\\t1:00\\tN/A\\t{script}\\n' {id} {state}\n"
         script = f"{self.run_dir}/job.sbatch"
         self.slurm.answers("squeue", "".join(row.format(script=script, id=job, state=state) for job, state in jobs))
+
+    def shows(self, excluded: str, nodes: str = "2", update: str = "") -> None:
+        """What Slurm tells of the job, in a partition of nine nodes."""
+        job = f'"JobId=7 NumNodes={nodes} ExcNodeList={excluded} Partition=main"'
+        self.slurm.answers(
+            "scontrol",
+            f'case "$1 $2" in "show job") echo {job};;\n"show hostnames") echo "$3" | tr , "\\n";;\n'
+            f"update*) {update or ':'};; esac",
+        )
+        self.slurm.answers("sinfo", 'printf "node%d\\n" 1 2 3 4 5 6 7 8 9')
 
     def was(
         self, action: str | None, exit_code: int = 0, *, restart: int = 0, generation: int = 0, job: int = 7,
@@ -81,25 +91,52 @@ def test_requeue(job: Job) -> None:
 
 def test_requeue_without_the_node_at_fault_and_without_those_of_before(job: Job) -> None:
     job.was(REQUEUE, 75, culprits=("node2.cluster.site", "node3"))
-    job.slurm.answers("scontrol", 'case "$1" in show) echo "JobId=7 ExcNodeList=node[5-6] X=y";; esac')
+    job.shows("node5,node6")
     assert job.ends() == 75
     assert job.told("requeue") == [["requeue", "7"]]
-    assert job.told("update") == [["update", "JobId=7", "ExcNodeList=node[5-6],node2,node3"]]
+    assert job.told("update") == [["update", "JobId=7", "ExcNodeList=node5,node6,node2,node3"]]
 
 
 def test_a_job_that_still_ends_is_asked_again(job: Job) -> None:
     job.was(REQUEUE, 75, culprits=("node2",))
-    again = 'case "$1" in update) [ -e "$FAKE_SLURM/once" ] || { touch "$FAKE_SLURM/once"; exit 1; };; esac'
-    job.slurm.answers("scontrol", again)
+    job.shows("(null)", update='[ -e "$FAKE_SLURM/once" ] || { touch "$FAKE_SLURM/once"; exit 1; }')
     assert job.ends() == 75
     assert len(job.told("update")) == 2
 
 
 def test_a_node_that_cannot_be_excluded_is_said(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.was(REQUEUE, 75, culprits=("node2",))
-    job.slurm.answers("scontrol", 'case "$1" in update) echo "slurm_update error: Access denied" >&2; exit 1;; esac')
+    job.shows("(null)", update='echo "slurm_update error: Access denied" >&2; exit 1')
     assert job.ends() == 75
     assert "job 7 may get node2 again: slurm_update error: Access denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "excluded"),
+    [
+        ("2-8", "node1,node5,node6,node2"),
+        ("6", "node5,node6,node2"),  # the oldest comes back
+        ("8", "node2"),
+        ("9", ""),
+    ],
+)
+def test_enough_nodes_are_left_for_a_job_that_would_else_wait_for_ever(
+    job: Job, capsys: pytest.CaptureFixture[str], nodes: str, excluded: str
+) -> None:
+    job.was(REQUEUE, 75, culprits=("node2.cluster.site", "not-of-this-partition"))
+    job.shows("node1,node5,node6", nodes)
+    assert job.ends() == 75
+    assert job.told("update") == [["update", "JobId=7", f"ExcNodeList={excluded}"]]
+    assert ("may get node2.cluster.site" in capsys.readouterr().err) == (not excluded)
+
+
+def test_a_run_that_fewer_nodes_will_do_for_is_left_so_many(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = RunFiles(job.run_dir, 10, (), {}, None, (), (), min_nodes=7)
+    monkeypatch.setattr("launch.after_allocation.read_run", lambda run_dir: files)
+    job.was(REQUEUE, 75, culprits=("node2",))
+    job.shows("node1,node5", nodes="9")  # of a requeued job Slurm shows how many it had, not the fewest it asked for
+    assert job.ends() == 75
+    assert job.told("update") == [["update", "JobId=7", "ExcNodeList=node5,node2"]]
 
 
 def test_in_a_chain_the_next_one_goes_on(job: Job) -> None:
