@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch.grammar import Parser, add_command, positive
+from launch.grammar import Parser, add_command, positive, words
 
 
 def add_ckpt(parser: Parser, commands: Any) -> None:
@@ -38,19 +38,21 @@ def add_ckpt(parser: Parser, commands: Any) -> None:
 
 
 def add_drill(parser: Parser, commands: Any) -> None:
-    drill = add_command(parser, commands, "drill", "faults on purpose, and what came of them: checkpoint")
-    checkpoint = add_command(
-        drill,
-        drill.add_subparsers(metavar="COMMAND", required=True, dest="second_word"),
-        "checkpoint",
-        "kill, starve and damage saves and checkpoints",
-    )
+    drill = add_command(parser, commands, "drill", "faults on purpose, to a small run; or to checkpoints")
+    drill.add_argument("--ranks", type=positive, default=2, metavar="N", help="ranks that train (default: 2)")
+    drill.add_argument("--faults", type=words, metavar="NAME,...", help="only these; docs/drills.md lists all")
+    drill.add_argument("--soak", type=positive, metavar="N", help="instead, kill any process at any moment, N times")
+    subcommands = drill.add_subparsers(metavar="COMMAND", dest="second_word")
+    checkpoint = add_command(drill, subcommands, "checkpoint", "kill, starve and damage saves and checkpoints")
     checkpoint.add_argument("--ranks", type=positive, default=2, metavar="N", help="ranks that save (default: 2)")
     checkpoint.add_argument("--kills", type=positive, default=100, metavar="N", help="kills at random moments")
     checkpoint.add_argument("--flips", type=positive, default=200, metavar="N", help="flipped bits")
     checkpoint.add_argument("--truncations", type=positive, default=60, metavar="N", help="truncated files")
-    checkpoint.add_argument("--seed", type=int, default=1234, metavar="N", help="of moments and places")
-    checkpoint.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where (default: temporary)"
-    )
-    checkpoint.add_argument("--out", type=Path, metavar="FILE", help="also write the certificate as JSON")
+    for command in (drill, checkpoint):
+        command.add_argument(
+            "--seed", type=int, default=1234, metavar="N", help="of what is drawn: ranks, moments, places"
+        )
+        command.add_argument(
+            "--work", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where (default: temporary)"
+        )
+        command.add_argument("--out", type=Path, metavar="FILE", help="also write the certificate as JSON")

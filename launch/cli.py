@@ -47,6 +47,7 @@ HANDLERS = {
     "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
     "ckpt average": "launch.ckpt_rewrite:average_some",
     "ckpt copy": "launch.ckpt_copy:main",
+    "drill": "launch.drill:run",
     "drill checkpoint": "launch.drill:checkpoint",
     "doctor": "launch.doctor:main",
 }

@@ -68,7 +68,7 @@ class RankProcess:
             self.global_rank,
             self._stopped,
             beat.step,
-            beat.phase,
+            (self.end and beat.ended_in) or beat.phase,  # of one that failed: where, and not that it then wound up
             beat.collective,
             self._still_seconds,
             beat.saved_step,

@@ -48,6 +48,7 @@ COLLECTIVES = (
 # A word holds microseconds above eight bits that say what has been so since then: one store, which no reader sees half
 # done. Nanoseconds would overflow after a year.
 _KIND_BITS = 8
+_PHASE_BITS = 4  # the other four: the phase that the ending came from
 _PHASE, _COLLECTIVE, _STEP, _SAVED, _STEPS_WRITTEN, _SAVE_MICROSECONDS = range(6)
 _HEADER_BYTES = 64
 _TIMES = struct.Struct("=qdddddd")
@@ -78,6 +79,7 @@ class Beat:
     `beat_ns`: when the rank last moved: into a phase, or into or out of a collective. `collective`: the one it is in,
     or on a GPU, where they run by themselves, the one it launched last. `step`: the last one finished. `recent`: the
     last finished ones, oldest first. `save_seconds`: what the last save took until it was durable, 0 before the first.
+    `ended_in`: the phase that the ending came from; None before it.
     """
 
     step: int
@@ -88,6 +90,7 @@ class Beat:
     collective: str | None
     recent: tuple[StepTimes, ...]
     save_seconds: float = 0.0
+    ended_in: str | None = None
 
 
 class Heartbeat:
@@ -108,7 +111,10 @@ class Heartbeat:
 
     def phase(self, name: str) -> None:
         """From now on the rank is in this phase, one of PHASES."""
-        self._words[_PHASE] = _now() | _PHASE_KINDS[name]
+        if name == PHASES[-1]:
+            self._end()
+        else:
+            self._words[_PHASE] = _now() | _PHASE_KINDS[name]
 
     def collective(self, name: str | None) -> None:
         """From now on the rank is in this collective, one of COLLECTIVES; None: in none any more."""
@@ -129,6 +135,12 @@ class Heartbeat:
         self._words[_STEPS_WRITTEN] = written + 1
         self._words[_STEP] = times.step
 
+    def _end(self) -> None:
+        """Where an error came from must not be lost while the rank winds up."""
+        before, _ = _split(self._words[_PHASE])
+        if before < _ENDING:
+            self._words[_PHASE] = _now() | _ENDING | before << _PHASE_BITS
+
     def saved(self, step: int, seconds: float = 0.0) -> None:
         """A checkpoint of this step is durably there, after so long. May be called by the thread that saves."""
         self._words[_SAVE_MICROSECONDS] = round(1e6 * seconds)
@@ -144,7 +156,8 @@ class Pulse:
 
     def read(self) -> Beat:
         """What the memory says now. Before the rank has opened it: phase "starting", since the clock's beginning."""
-        phase, phase_started = _split(self._words[_PHASE])
+        kind, phase_started = _split(self._words[_PHASE])
+        phase, before = kind & ((1 << _PHASE_BITS) - 1), kind >> _PHASE_BITS
         collective, collective_changed = _split(self._words[_COLLECTIVE])
         saved = self._words[_SAVED]
         return Beat(
@@ -156,6 +169,7 @@ class Pulse:
             collective=COLLECTIVES[collective - 1] if collective else None,
             recent=self._recent(),
             save_seconds=self._words[_SAVE_MICROSECONDS] / 1e6,
+            ended_in=PHASES[before] if phase == _ENDING else None,
         )
 
     def _recent(self) -> tuple[StepTimes, ...]:
@@ -187,6 +201,7 @@ def create_memory() -> int:
     return fd
 
 
+_ENDING = len(PHASES) - 1
 _PHASE_KINDS = {name: kind for kind, name in enumerate(PHASES)}
 _COLLECTIVE_KINDS: dict[str | None, int] = {None: 0, **{name: kind for kind, name in enumerate(COLLECTIVES, start=1)}}
 

@@ -19,6 +19,7 @@ import numpy as np
 from gptdist.checkpoint.logical import Box, Shape, boxes_of_flat_range
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.world import World
+from launch.drills.small_disk import fill
 
 # Sizes that no number of ranks divides, a scalar, and one tensor that is most of the file.
 SHAPES: dict[str, Shape] = {
@@ -127,19 +128,8 @@ def _strike(plan: SavePlan) -> None:
     if plan.kill:
         os.kill(os.getpid(), signal.SIGKILL)
     if plan.fill is not None:
-        _fill(plan.fill)
+        fill(plan.fill)
     time.sleep(plan.sleep_seconds)
-
-
-def _fill(path: Path) -> None:
-    """Take all that is left of a (small) disk."""
-    with path.open("wb", buffering=0) as file:
-        for block in (1 << 20, 1 << 12):
-            try:
-                while file.write(b"\0" * block) == block:
-                    pass
-            except OSError:
-                continue
 
 
 def _kill_later(seconds: float) -> None:

@@ -6,6 +6,7 @@ Knows `mount`; needs root. The mount is private to this machine's drill and goes
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,6 +54,15 @@ class SmallDisk:
     def make_writable(self) -> None:
         """Mended."""
         _run("mount", "-o", "remount,rw", str(self.path))
+
+
+def fill(path: Path) -> None:
+    """Take all that is left of a small disk with this file."""
+    with path.open("wb", buffering=0) as file:
+        for block in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while file.write(b"\0" * block) == block:
+                    pass
 
 
 def _run(*command: str) -> None:

@@ -147,9 +147,9 @@ def test_a_rank_killed_in_the_middle_of_writing_leaves_only_whole_steps() -> Non
     fd = create_memory()
     pulse = Pulse(fd)
     for _ in range(20):
+        heartbeat = Heartbeat.open(fd)  # and what the last one counted is gone
         pid = os.fork()
         if pid == 0:
-            heartbeat = Heartbeat.open(fd)
             step = 0
             while True:
                 step += 1
@@ -172,3 +172,17 @@ def test_half_a_slot_is_left_out() -> None:
         heartbeat.step_done(_numbered(step))
     heartbeat._memory[64 + 2 * 64 + 20] ^= 1  # a byte of the third
     assert [times.step for times in pulse.read().recent] == [1, 2, 4, 5]
+
+
+def test_the_ending_tells_what_it_came_from() -> None:
+    """Also where it is said twice: once by what failed, once by who called it."""
+    fd = create_memory()
+    heartbeat, pulse = Heartbeat.open(fd), Pulse(fd)
+    os.close(fd)
+    for phase in PHASES[:-1]:
+        heartbeat.phase(phase)
+        assert (pulse.read().phase, pulse.read().ended_in) == (phase, None)
+        heartbeat.phase("ending")
+        heartbeat.phase("ending")
+        assert (pulse.read().phase, pulse.read().ended_in) == ("ending", phase)
+    pulse.close()

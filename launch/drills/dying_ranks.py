@@ -1,0 +1,90 @@
+"""Faults that end processes of a run: ranks that are killed, crash or leave, and the launcher itself.
+
+Each is a function that strikes a run and tells how it was noticed, or raises Unexpected.
+"""
+
+import signal
+from collections.abc import Callable
+
+from gptdist.errors import EXIT_DO_NOT_REQUEUE, EXIT_DONE, EXIT_FAILED
+from launch.drills.rank_faults import Strike
+from launch.drills.small_run import SAVE_INTERVAL
+from launch.drills.stage import COMPUTING, DEATH_SECONDS, Noticed, Stage, Unexpected
+
+KILLED = r"rank {rank} was killed by signal 9"
+
+
+def dies(kind: str, said: str) -> Callable[[Stage], Noticed]:
+    """A rank other than 0 ends by itself; `said` of it, with where it was. All ranks start again in place."""
+
+    def happen(stage: Stage) -> Noticed:
+        rank, step = stage.other_rank(), stage.step()
+        stage.start(Strike(kind, (rank,), step, COMPUTING))
+        stage.expect_code(EXIT_DONE)
+        return stage.expect_said(f"{said.format(rank=rank)}.*{_at(step, COMPUTING)}", DEATH_SECONDS)
+
+    return happen
+
+
+def kill_rank_0(stage: Stage) -> Noticed:
+    """The one that writes and prints."""
+    step = stage.step()
+    stage.start(Strike("kill", (0,), step, "optimizer step"))
+    stage.expect_code(EXIT_DONE)
+    return stage.expect_said(f"{KILLED.format(rank=0)}.*{_at(step, 'optimizer step')}", DEATH_SECONDS)
+
+
+def kill_all(stage: Stage) -> Noticed:
+    """At once; which of them is named is chance."""
+    stage.start(Strike("kill all ranks", (stage.other_rank(),), stage.step(), COMPUTING))
+    stage.expect_code(EXIT_DONE)
+    return stage.expect_said(rf"{KILLED.format(rank='[0-9]+')}.*\(on {{host}}, in step \d+: ", DEATH_SECONDS)
+
+
+def kill_in_save(stage: Stage) -> Noticed:
+    """The third one of the run."""
+    rank, step = stage.other_rank(), 3 * SAVE_INTERVAL + 1
+    stage.start(Strike("kill", (rank,), step, "saving"))
+    stage.expect_code(EXIT_DONE)
+    return stage.expect_said(f"{KILLED.format(rank=rank)}.*{_at(step, 'saving')}", DEATH_SECONDS)
+
+
+def kill_at_start(stage: Stage) -> Noticed:
+    """Nothing ever worked, so nothing is tried again by itself."""
+    rank = stage.other_rank()
+    stage.start(Strike("kill", (rank,), 1, "loading"))
+    stage.expect_code(EXIT_FAILED)
+    return stage.expect_said(f"error: {KILLED.format(rank=rank)}", DEATH_SECONDS)
+
+
+def kill_again(stage: Stage) -> Noticed:
+    """A second time, while the ranks that were started again still load."""
+    first = Strike("kill", (stage.other_rank(),), stage.step(), COMPUTING, generation=0)
+    second = Strike("kill", (stage.other_rank(),), 0, "loading", generation=1)
+    stage.start(first, second)
+    stage.expect_code(EXIT_DONE)
+    stage.expect_said(f"{KILLED.format(rank=first.global_ranks[0])}.*{_at(first.step, COMPUTING)}", DEATH_SECONDS)
+    return stage.expect_said(f"{KILLED.format(rank=second.global_ranks[0])}.*: loading", DEATH_SECONDS, strike=1)
+
+
+def kill_launcher(stage: Stage) -> Noticed:
+    """Nobody is left to say anything: that nothing runs on is all there is to notice."""
+    ended = stage.start(Strike("kill launcher", (stage.other_rank(),), stage.step(), COMPUTING))
+    stage.expect_code(-signal.SIGKILL)
+    after = stage.seconds_since_struck(ended.gone_at_nanoseconds)
+    if after > DEATH_SECONDS:
+        raise Unexpected(f"its ranks were gone only after {after:.1f} s")
+    return Noticed("no process of the run is left", after)
+
+
+def crash_loop(stage: Stage) -> Noticed:
+    """An error in the same step each time."""
+    rank, step = stage.other_rank(), stage.step()
+    stage.start(Strike("raise", (rank,), step, COMPUTING, repeats=True))
+    stage.expect_code(EXIT_DO_NOT_REQUEUE)
+    stage.expect_said(rf"error: \[rank {rank}\] RuntimeError: drilled.*{_at(step, COMPUTING)}")
+    return stage.expect_said(r"3 restarts in a row saved no step")
+
+
+def _at(step: int, phase: str) -> str:
+    return rf"\(on {{host}}, in step {step}: {phase}"
