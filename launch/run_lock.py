@@ -21,18 +21,22 @@ from typing import Any
 from gptdist.errors import LaunchError
 
 LOCK_FILE = ".lock"
+POLL_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def hold_run(run_dir: Path, job: str) -> Iterator[int | None]:
+def hold_run(run_dir: Path, job: str, patience_seconds: float = 0.0) -> Iterator[int | None]:
     """Hold the folder; gives the lock's file descriptor, which must not be inherited. `job`: what to name it by.
+
+    `patience_seconds`: to wait for another holder. A machine that was lost holds it until the file server gives that
+    machine up, which takes NFS and Lustre a minute or two.
 
     None where the folder cannot be made or written: what that means for the run is not for this to say. Nothing stays
     behind. Raises LaunchError where another run holds it.
     """
     made = _missing_folders(run_dir)
-    fd = _open_locked(run_dir, job)
+    fd = _open_locked(run_dir, job, patience_seconds)
     try:
         yield fd
     finally:
@@ -72,8 +76,8 @@ def _missing_folders(run_dir: Path) -> list[Path]:
     return missing
 
 
-def _open_locked(run_dir: Path, job: str) -> int | None:
-    path = run_dir / LOCK_FILE
+def _open_locked(run_dir: Path, job: str, patience_seconds: float) -> int | None:
+    path, deadline, told = run_dir / LOCK_FILE, time.monotonic() + patience_seconds, False
     while True:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -90,16 +94,17 @@ def _open_locked(run_dir: Path, job: str) -> int | None:
         except BlockingIOError:
             holder = _read_holder(fd)
             os.close(fd)
-            raise LaunchError(_refusal(run_dir, holder)) from None
+            if time.monotonic() >= deadline:
+                raise LaunchError(_refusal(run_dir, holder)) from None
+            if not told:
+                _say(f"waiting up to {patience_seconds:.0f} s for {run_dir}, which {_who(holder)} holds")
+            told = True
+            time.sleep(min(POLL_SECONDS, patience_seconds))
         except OSError as error:
             os.close(fd)
             if error.errno not in _NO_LOCKS:
                 return None
-            print(
-                f"warning: {run_dir} is on a file system without locks; take care that no other run uses it.",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"warning: {run_dir} is on a file system without locks; take care that no other run uses it.")
             return None
 
 
@@ -125,10 +130,17 @@ def _read_holder(fd: int) -> dict[str, Any]:
 
 
 def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
-    who = "another run"
-    if holder:
-        who = f"the run on {holder.get('host')}, process {holder.get('pid')} ({holder.get('job')})"
     return (
-        f"{run_dir} is in use by {who}; two runs in one folder would overwrite each other's checkpoints. Wait for it "
-        "or end it (`gptdist stop`), or set launch.run_dir to another folder."
+        f"{run_dir} is in use by {_who(holder)}; two runs in one folder would overwrite each other's checkpoints. Wait "
+        "for it or end it (`gptdist stop`), or set launch.run_dir to another folder."
     )
+
+
+def _who(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another run"
+    return f"the run on {holder.get('host')}, process {holder.get('pid')} ({holder.get('job')})"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptdist.checkpoint.copying import withdraw_checkpoints
 from gptdist.checkpoint.read import Checkpoint, find_latest, open_newest
 from gptdist.checkpoint.retention import EVALUATION_LOSS
 from gptdist.checkpoint.write import remove_checkpoints
@@ -15,12 +16,17 @@ from gptdist.comms import Comms
 from gptdist.config.sections import RunConfig
 from gptdist.engine.engine import TrainEngine
 from gptdist.engine.partition import TensorSource
+from gptdist.errors import GptdistError
 from gptdist.layout import Layout
+from gptdist.remote import RemoteFolder
 from gptdist.train.compatible import check_can_begin, check_resumable, check_same_model, resume_notes
 from gptdist.train.progress import Progress, check_same_data, restored_progress
 from gptdist.train.rollback import gaps_of
 from launch.saving import check_upload_is_new, find_checkpoint
 from launch.stored import checkpoints_dir
+
+WITHDRAW_ATTEMPTS = 3
+"""All ranks wait meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def go_back(
     before_step: int, config: RunConfig, layout: Layout, engine: TrainEngine, comms: Comms, identity: Mapping[str, Any]
 ) -> Start | None:
     """Fill the engine, which has trained on, from the newest good checkpoint before a step, and delete those from that
-    step on. None, and nothing was done, where the run has no checkpoint before it.
+    step on, here and behind checkpoint.upload. None, and nothing was done, where the run has no checkpoint before it.
 
     Not while a save is under way. Raises NoGoodCheckpoint.
     """
@@ -73,6 +79,11 @@ def go_back(
     with found.checkpoint as checkpoint:
         start = _resume(checkpoint, config, layout, engine, comms, identity)
     remove_checkpoints(folder, before_step, comms)
+    if config.checkpoint.upload is not None and comms.is_first:
+        try:
+            withdraw_checkpoints(RemoteFolder(config.checkpoint.upload, WITHDRAW_ATTEMPTS), before_step)
+        except GptdistError as error:  # like a failed upload, no reason to stop
+            _warn(f"checkpoints from step {before_step} on may still be behind checkpoint.upload: {error}")
     return start
 
 
@@ -117,4 +128,8 @@ def _begin_with(
 def _say_skipped(skipped: list[str], comms: Comms) -> None:
     if comms.is_first:
         for reason in skipped:
-            print(f"warning: passed over a checkpoint: {reason}", flush=True)
+            _warn(f"passed over a checkpoint: {reason}")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", flush=True)

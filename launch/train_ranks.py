@@ -26,6 +26,8 @@ from launch.time_limit import TimeLimit, find_end
 from launch.verdict import Verdict
 
 PRELOAD = ("launch.train",)
+LOCK_SECONDS = 240.0
+"""A job that Slurm starts after a node was lost waits so long for the lock that the node held."""
 
 
 def train_ranks(
@@ -44,10 +46,11 @@ def train_ranks(
     fresh = fresh and allocation.restart == 0  # the second allocation of a run does not begin it once more
     supervision, refusal = None, None
     private_fds: tuple[int, ...] = ()
+    patience = min(LOCK_SECONDS, launch.timeout / 2) if allocation.can_requeue else 0.0  # others wait launch.timeout
     with ExitStack() as held:
         if place.leads:
             try:
-                lock = held.enter_context(hold_run(Path(launch.run_dir), allocation.name))
+                lock = held.enter_context(hold_run(Path(launch.run_dir), allocation.name, patience))
                 private_fds = () if lock is None else (lock,)
                 supervision = _supervise(place, loaded, allocation, fresh)
             except UserError as error:

@@ -63,6 +63,18 @@ def upload_checkpoint(path: Path, remote: RemoteFolder, name: str, comms: Comms 
     with comms.together():
         if comms.is_first:
             remote.write(f"{name}/{MANIFEST}", (path / MANIFEST).read_bytes())
+            if not (path / MANIFEST).exists():  # the run has gone back to before it; see `withdraw_checkpoints`
+                remote.remove(f"{name}/{MANIFEST}")
+                raise CheckpointError(f"{path} was deleted while it was uploaded.")
+
+
+def withdraw_checkpoints(remote: RemoteFolder, from_step: int) -> list[str]:
+    """For a run that goes back to before `from_step`: what it uploaded since is complete no more, so that no later
+    resume takes it up. Their names. To be called once they are deleted here: then an upload under way notices."""
+    names = [name for name in complete_checkpoints(remote) if (parse_step(name) or (-1, 0))[0] >= from_step]
+    for name in names:
+        remote.remove(f"{name}/{MANIFEST}")
+    return names
 
 
 def complete_checkpoints(remote: RemoteFolder) -> list[str]:

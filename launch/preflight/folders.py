@@ -109,7 +109,8 @@ def _check_room(setting: str, folder: Path, needed: int, little: Severity = Seve
 
 
 def _existing(folder: Path) -> Path:
-    return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
+    """What is there of it: the folder itself, or the nearest above; a file in its place is found too, and refuses."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
 
 
 def _write_probe(folder: Path) -> str:

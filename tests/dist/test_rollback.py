@@ -107,8 +107,11 @@ def test_going_back_is_bitwise_a_run_that_began_there(layout: str, runs: Command
 
 def test_what_is_passed_over_is_told_and_proven(runs: Commands, tmp_path: Path) -> None:
     """And the run goes on under other layouts from before and after a rollback, with the same samples."""
-    whole, legs = tmp_path / "whole", tmp_path / "legs"
-    runs.train(whole, 1, **RUN).expect(0)
+    whole, legs, uploaded = tmp_path / "whole", tmp_path / "legs", tmp_path / "uploaded"
+    runs.train(whole, 1, **RUN, checkpoint__upload=f"file://{uploaded}").expect(0)
+    for manifest in uploaded.glob("step-*/manifest.json"):
+        state = json.loads(manifest.read_text())["state"]
+        assert state["rollbacks"] or state["step"] < NOISY_STEPS[0], "nothing to resume from that the run went back on"
     runs.train(legs, 2, **RUN, train__stop_after=15, parallel__tensor=2).expect(75)
     runs.train(legs, 3, **RUN, train__stop_after=20, parallel__zero_stage=3).expect(75)
     runs.train(legs, 2, **RUN, parallel__pipeline=2).expect(0)

@@ -1,6 +1,7 @@
 """Checkpoints behind URLs: complete or not there, verified on every way, and never in the way of training."""
 
 import json
+import shutil
 import threading
 import time
 from argparse import Namespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptdist.checkpoint import copying
-from gptdist.checkpoint.copying import complete_checkpoints, fetch_newest, upload_checkpoint
+from gptdist.checkpoint.copying import complete_checkpoints, fetch_newest, upload_checkpoint, withdraw_checkpoints
 from gptdist.checkpoint.fragment import HostFragment
 from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import MANIFEST, load_manifest
@@ -198,6 +199,29 @@ def test_a_name_that_is_used_again_is_not_complete_meanwhile(tmp_path, monkeypat
     monkeypatch.setattr(RemoteFolder, "upload", lambda self, source, file: (_ for _ in ()).throw(OSError("unplugged")))
     with pytest.raises(OSError, match="unplugged"):
         upload_checkpoint(save(tmp_path / "two", 5), remote, "step-00000005")
+    assert complete_checkpoints(remote) == []
+
+
+def test_a_run_that_goes_back_is_not_resumed_from_what_it_had_uploaded(tmp_path):
+    remote = remote_of(tmp_path / "there")
+    for step in (4, 8, 12):
+        upload_checkpoint(save(tmp_path / "here", step), remote, f"step-{step:08d}")
+    assert withdraw_checkpoints(remote, 8) == ["step-00000012", "step-00000008"]
+    path, skipped = fetch_newest(remote, tmp_path / "elsewhere", ONE_RANK)
+    assert path.name == "step-00000004" and skipped == []
+
+
+def test_an_upload_that_is_under_way_while_the_run_goes_back_does_not_complete(tmp_path, monkeypatch):
+    path, remote, real = save(tmp_path / "here", 8), remote_of(tmp_path / "there"), RemoteFolder.write
+
+    def late(self, file, content):
+        shutil.rmtree(path)
+        withdraw_checkpoints(remote_of(tmp_path / "there"), 8)
+        real(self, file, content)
+
+    monkeypatch.setattr(RemoteFolder, "write", late)
+    with pytest.raises(CheckpointError, match="deleted while it was uploaded"):
+        upload_checkpoint(path, remote, path.name)
     assert complete_checkpoints(remote) == []
 
 

@@ -332,6 +332,16 @@ def test_scratch_that_is_full_or_cannot_be_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_the_place_of_a_folder_refuses(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        assert "cannot be written: Not a directory" in folders.check_run_dir(folder).text
+        with folders.mark_left(folder) as mark:
+            assert mark is None
+    assert folders.check_run_dir(tmp_path / "new" / "run") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # -- the end of it -------------------------------------------------------------------------------------------------
 
 

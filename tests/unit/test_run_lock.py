@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     with hold_run(run_dir, "local"):
         pass
     assert list(tmp_path.iterdir()) == [], "nothing is left of runs that left nothing"
+
+
+def test_a_job_waits_for_the_lock_of_a_lost_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as before:
+        before.enter_context(hold_run(tmp_path, "slurm 76"))
+        with pytest.raises(LaunchError, match="slurm 76"), hold_run(tmp_path, "slurm 77", 0.05):
+            pass
+        assert "waiting up to 0 s" in capsys.readouterr().err
+        monkeypatch.setattr("launch.run_lock.time.sleep", lambda seconds: before.close())
+        with hold_run(tmp_path, "slurm 77", 60.0) as lock:
+            assert lock is not None
+    assert "which the run on" in capsys.readouterr().err
 
 
 def test_whether_its_holder_lives_is_told_without_a_lock(tmp_path: Path) -> None:
