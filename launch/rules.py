@@ -18,6 +18,8 @@ DONE = "done"
 
 RESTARTS_WITHOUT_PROGRESS = 3
 """So many in a row without a new saved step, and the run is given up."""
+STOPS_WITHOUT_A_STEP = 10
+"""So many allocations in a row that were over, by their time limit or for others, before a single step: the same."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ def decide(attempts: Sequence[Attempt], failure: Failure, *, can_restart: bool, 
     """
     if failure.deliberate:
         return Decision(STOP, failure.exit_code)
+    if failure.stopping and can_requeue and _stopped_in_vain(attempts):
+        why = (
+            f"{STOPS_WITHOUT_A_STEP} allocations in a row were over before a step was made; ask for a longer time, or "
+            "let the run begin sooner, then run the same command again"
+        )
+        return Decision(STOP, EXIT_DO_NOT_REQUEUE, why=why)
     if failure.stopping:
         return Decision(REQUEUE, EXIT_RESUMABLE) if can_requeue else Decision(STOP, failure.exit_code)
     if restarts_without_progress(attempts) >= RESTARTS_WITHOUT_PROGRESS:
@@ -95,11 +103,20 @@ def restarts_without_progress(attempts: Sequence[Attempt]) -> int:
 
 
 def _ever_worked(attempts: Sequence[Attempt]) -> bool:
-    """An attempt finished a step; of one that was killed without a word, its checkpoint or the next start tells."""
-    return any(
-        max(attempt.last_step or 0, attempt.saved_step or 0, later.start_step if later else 0) > attempt.start_step
-        for attempt, later in zip_longest(attempts, attempts[1:])
-    )
+    return any(_made_steps(attempt, later) for attempt, later in zip_longest(attempts, attempts[1:]))
+
+
+def _made_steps(attempt: Attempt, later: Attempt | None) -> bool:
+    """Whether it finished a step; of one that was killed without a word, its checkpoint or the next start tells."""
+    reached = max(attempt.last_step or 0, attempt.saved_step or 0, later.start_step if later else 0)
+    return reached > attempt.start_step
+
+
+def _stopped_in_vain(attempts: Sequence[Attempt]) -> bool:
+    """Whether the last ones were all ended by request, and made no step."""
+    last = attempts[-STOPS_WITHOUT_A_STEP:]
+    stopped = all(not attempt.failed and attempt.action in (REQUEUE, None) for attempt in last)
+    return len(last) == STOPS_WITHOUT_A_STEP and stopped and not _ever_worked(last)
 
 
 def _repeated(attempts: Sequence[Attempt], failure: Failure) -> tuple[str, ...]:

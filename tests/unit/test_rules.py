@@ -79,6 +79,20 @@ def test_a_failure_while_stopping_is_no_reason_to_start_here() -> None:
     assert asked([attempt(last=5)], failure, requeue=False) == Decision(STOP, 1)
 
 
+def test_allocations_too_short_for_a_step_are_not_asked_for_for_ever() -> None:
+    failure = dataclasses.replace(KILLED, stopping=True)
+    stopped = attempt(start=10, failed=False, exit_code=75, action=REQUEUE)
+    now = dataclasses.replace(stopped, action=None, exit_code=None)
+    assert asked([*[stopped] * 8, now], failure) == Decision(REQUEUE, 75)
+    decision = asked([attempt(last=15, saved=10), *[stopped] * 9, now], failure)
+    assert (decision.action, decision.exit_code) == (STOP, 93)
+    assert "10 allocations in a row" in decision.why
+    with_a_step = dataclasses.replace(stopped, last_step=11, saved_step=11)
+    assert asked([*[stopped] * 8, with_a_step, now], failure) == Decision(REQUEUE, 75)
+    by_hand = dataclasses.replace(stopped, action=STOP)
+    assert asked([*[stopped] * 8, by_hand, now], failure) == Decision(REQUEUE, 75)
+
+
 def test_no_restart_where_the_config_forbids_it() -> None:
     assert asked([attempt(last=5)], restart=False) == Decision(STOP, 1)
 
