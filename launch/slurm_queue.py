@@ -4,7 +4,6 @@ The only place that parses squeue. Plain columns rather than JSON: their meaning
 version, and the JSON of some versions is of all users' jobs, whatever was asked for.
 """
 
-import getpass
 import os
 import shutil
 from collections.abc import Sequence
@@ -44,13 +43,13 @@ class QueuedJob:
 
 
 def read_queue(user: str | None = None) -> list[QueuedJob] | None:
-    """The unfinished jobs of `user` (None: this one); None where this machine has no Slurm.
+    """The unfinished jobs of `user`, a name or a number; None where this machine has no Slurm.
 
-    Raises SlurmUnavailable where Slurm is here and does not answer.
+    `user` None: whoever runs this, by number: LOGNAME and USER may be another's. Raises SlurmUnavailable where Slurm is here and does not answer.
     """
     if shutil.which("squeue") is None:
         return None
-    answer = ask(["squeue", "--noheader", f"--user={user or getpass.getuser()}", f"--format={_COLUMNS}"])
+    answer = ask(["squeue", "--noheader", f"--user={user or os.getuid()}", f"--format={_COLUMNS}"])
     if answer.returncode:
         raise SlurmUnavailable(f"squeue failed: {said(answer.stderr)}.")
     return parse_queue(answer.stdout)

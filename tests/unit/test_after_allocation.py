@@ -89,6 +89,14 @@ def test_requeue(job: Job) -> None:
     assert job.told() == [["requeue", "7"]]
 
 
+def test_the_queue_is_asked_by_number_since_names_may_be_anothers(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "somebody-else")
+    job.was(REQUEUE, 75)
+    assert job.ends() == 75
+    assert f"--user={os.getuid()}" in job.slurm.calls("squeue")[0]
+
+
 def test_requeue_without_the_node_at_fault_and_without_those_of_before(job: Job) -> None:
     job.was(REQUEUE, 75, culprits=("node2.cluster.site", "node3"))
     job.shows("node5,node6")

@@ -70,3 +70,4 @@ def test_complaints(stderr: str, expected: str) -> None:
 def test_an_environment_without_an_outer_job() -> None:
     outer = {"SLURM_JOB_ID": "1", "SLURM_CONF": "c", "SLURM_CLUSTERS": "x", "RANK": "0", "PMI_RANK": "1", "PATH": "p"}
     assert clean_environment(outer) == {"SLURM_CONF": "c", "SLURM_CLUSTERS": "x", "PATH": "p"}
+    assert clean_environment({"SLURM_JWT": "token"}), "how users of some sites prove who they are"
