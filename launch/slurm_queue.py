@@ -45,7 +45,8 @@ class QueuedJob:
 def read_queue(user: str | None = None) -> list[QueuedJob] | None:
     """The unfinished jobs of `user`, a name or a number; None where this machine has no Slurm.
 
-    `user` None: whoever runs this, by number: LOGNAME and USER may be another's. Raises SlurmUnavailable where Slurm is here and does not answer.
+    `user` None: whoever runs this, by number: LOGNAME and USER may be another's. Raises SlurmUnavailable where Slurm is
+    here and does not answer.
     """
     if shutil.which("squeue") is None:
         return None
