@@ -11,12 +11,14 @@ from gptdist.config.problems import COMMAND_LINE, Problem
 from gptdist.config.schema import KeyPath, shown_path
 
 _SECRET_WORDS = frozenset(
-    {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS"}
+    {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PAT", "CREDENTIAL", "CREDENTIALS"}
 )
+_SECRET_ENDS = ("PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY")
+"""Of words such as PGPASSWORD."""
 _PATH_WORDS = frozenset({"FILE", "PATH", "DIR"})
 _PATH_NAMES = frozenset({"GOOGLE_APPLICATION_CREDENTIALS"})
 _SECRET_VALUE = re.compile(
-    r"(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abop]-|wandb_v1_)[A-Za-z0-9_-]{8,}"
+    r"(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abop]-|wandb_v1_|npm_|dckr_pat_|nvapi-|AIza)[A-Za-z0-9_-]{8,}"
     r"|(AKIA|ASIA)[A-Z0-9]{12,}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\."
     r"|-----BEGIN [A-Z ]*PRIVATE KEY"
@@ -32,7 +34,8 @@ _REMEDY = (
 def is_secret_name(name: str) -> bool:
     """Whether a variable of this name would hold a secret: WANDB_API_KEY, not TOKENIZERS_PARALLELISM."""
     words = name.upper().split("_")
-    return bool(_SECRET_WORDS.intersection(words)) and words[-1] not in _PATH_WORDS and name not in _PATH_NAMES
+    secret = any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDS) for word in words)
+    return secret and words[-1] not in _PATH_WORDS and name not in _PATH_NAMES
 
 
 def is_secret_value(value: str) -> bool:

@@ -147,6 +147,8 @@ def test_what_is_no_secret() -> None:
     names = ("TOKENIZERS_PARALLELISM", "NCCL_IB_HCA", "GOOGLE_APPLICATION_CREDENTIALS", "SSL_KEY_FILE", "KEYS_PATH")
     assert not any(map(is_secret_name, names))
     assert all(map(is_secret_name, ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "wandb_api_key", "DB_PASSWORD")))
+    assert all(map(is_secret_name, ("PGPASSWORD", "MYTOKEN", "GITHUB_PAT", "OPENAI_APIKEY")))
+    assert is_secret_value("nvapi-" + "a1" * 20)
     assert not any(map(is_secret_value, ("mlx5_0,mlx5_3", "/shared/x.sqsh", "https://host/x", "docker://host:5000/x")))
 
 
