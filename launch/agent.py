@@ -164,8 +164,7 @@ class Agent:
         self._let_go()
         self._generation = order.generation
         self._kill_at = None
-        gc.collect()
-        gc.freeze()  # a collection in one rank must not copy the pages that all share
+        gc.freeze()  # a collection in one rank must not copy the pages that all share, nor look at what stays
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a fresh rank must not run the agent's handlers
         try:
             for index in range(self._place.local_ranks):

@@ -3,6 +3,7 @@
 Knows nothing of ranks or runs. All of it is undone, but for the imports.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -109,9 +110,13 @@ def catch_signals() -> Iterator[Signals]:
 
 def preload(modules: Sequence[str]) -> None:
     """Import them, once for all ranks; those that fail are left to the ranks. Raises LaunchError."""
-    for module in modules:
-        with suppress(Exception):  # a rank that needs it will say so, with its own traceback
-            importlib.import_module(module)
+    gc.disable()  # a fifth of the time of these imports goes into looking at what they leave
+    try:
+        for module in modules:
+            with suppress(Exception):  # a rank that needs it will say so, with its own traceback
+                importlib.import_module(module)
+    finally:
+        gc.enable()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise LaunchError(
