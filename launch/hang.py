@@ -6,7 +6,7 @@ counts is the patience with the one that it waits for.
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gptdist.monitor.heartbeat import StepTimes
@@ -19,6 +19,10 @@ TRAINING = IN_A_STEP | {"waiting for data"}
 """Phases of a step."""
 MIDWAY = TRAINING | {"evaluating", "sampling text", "saving"}
 """Phases of a run that has begun and is not over."""
+LONGEST_SAVE_SECONDS = 3600.0
+"""A rank whose file takes longer to write or read than this, or than launch.timeout where that is more, is given up."""
+LONGEST_UPLOAD_SECONDS = 24 * 3600.0
+"""The same to a URL, or from there."""
 
 _STEPS_REMEMBERED = 64
 _OF_MEDIAN = 10.0
@@ -44,11 +48,14 @@ class Standing:
 class Patience:
     """How long a rank may stand still in each phase, learned from what was seen."""
 
-    def __init__(self, hang_timeout: float | None, longest_wait: float) -> None:
-        """`hang_timeout`: what the user set for training, None to learn it; `longest_wait`: where nothing is known yet.
-        Seconds."""
+    def __init__(
+        self, hang_timeout: float | None, longest_wait: float, of_phases: Mapping[str, float] | None = None
+    ) -> None:
+        """`hang_timeout`: what the user set for training, None to learn it. Where nothing is known yet: `longest_wait`,
+        and in phases where ranks wait longer for each other, `of_phases`. Seconds."""
         self._hang_timeout = hang_timeout
         self._longest_wait = longest_wait
+        self._of_phases = of_phases or {}
         self._steps: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         self._longest_still: dict[str, float] = {}
         self._last: dict[int, Standing] = {}
@@ -74,7 +81,8 @@ class Patience:
         if standing.phase in IN_A_STEP or standing.stopped or (self._hang_timeout and standing.phase in TRAINING):
             return self._in_a_step()
         seen = self._longest_still.get(standing.phase, 0.0)
-        return max(self._longest_wait, self._in_a_step(), _OF_LONGEST * seen)
+        longest = max(self._longest_wait, self._of_phases.get(standing.phase, 0.0))
+        return max(longest, self._in_a_step(), _OF_LONGEST * seen)
 
     def _in_a_step(self) -> float:
         if self._hang_timeout is not None:

@@ -26,12 +26,9 @@ from gptdist.monitor.heartbeat import Heartbeat
 from gptdist.remote import RemoteFolder, without_secrets
 from gptdist.train.spikes import steps_to_look_back
 from gptdist.world import World
+from launch.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS
 from launch.rendezvous import open_channel
 from launch.stored import checkpoints_dir
-
-LONGEST_UPLOAD_SECONDS = 24 * 3600.0
-LONGEST_SAVE_SECONDS = 3600.0
-"""A rank whose file takes longer than this, or than launch.timeout where that is more, is given up."""
 
 
 def retention_of(config: RunConfig) -> Retention:

@@ -218,6 +218,7 @@ def _train(
             end = f"stopped: {stopped}; run the same command to go on" if stopped else "done"
             print(f"{end}. Step {progress.step} is saved in {where}", flush=True)
         if uploader:
+            clock.phase("uploading")
             uploader.close()
         return EXIT_RESUMABLE if stopped else EXIT_DONE
     finally:

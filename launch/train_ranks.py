@@ -11,10 +11,11 @@ from typing import Any
 
 from gptdist.config.check import check_run
 from gptdist.config.load import LoadedRun
+from gptdist.config.sections import RunConfig
 from gptdist.errors import UserError
 from gptdist.world import World
 from launch.elastic import fit_layout
-from launch.hang import Patience
+from launch.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS, Patience
 from launch.lead import Supervision
 from launch.local import show_verdict
 from launch.place import Allocation, Place
@@ -76,7 +77,13 @@ def _supervise(place: Place, loaded: LoadedRun, allocation: Allocation, fresh: b
     layout = check_run(fit.config, fit.ranks, loaded.origins)
     return Supervision(
         Record(Path(launch.run_dir), allocation, can_restart=launch.restart, fresh=fresh),
-        Patience(launch.hang_timeout, launch.timeout),
+        Patience(launch.hang_timeout, launch.timeout, _longest_waits(config)),
         SlowRanks(launch.slow_factor, rank_loads(config.model, layout)),
         TimeLimit(find_end(os.environ)),
     )
+
+
+def _longest_waits(config: RunConfig) -> dict[str, float]:
+    """Phases in which one rank, or all, may stand still for long: with whole checkpoints, or with a URL."""
+    loading = LONGEST_UPLOAD_SECONDS if config.checkpoint.upload else LONGEST_SAVE_SECONDS
+    return {"loading": loading, "saving": LONGEST_SAVE_SECONDS, "uploading": LONGEST_UPLOAD_SECONDS}

@@ -110,13 +110,15 @@ def catch_signals() -> Iterator[Signals]:
 
 def preload(modules: Sequence[str]) -> None:
     """Import them, once for all ranks; those that fail are left to the ranks. Raises LaunchError."""
+    collecting = gc.isenabled()
     gc.disable()  # a fifth of the time of these imports goes into looking at what they leave
     try:
         for module in modules:
             with suppress(Exception):  # a rank that needs it will say so, with its own traceback
                 importlib.import_module(module)
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise LaunchError(

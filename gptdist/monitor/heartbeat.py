@@ -25,6 +25,7 @@ PHASES = (
     "evaluating",
     "sampling text",
     "saving",
+    "uploading",
     "ending",
 )
 """What a rank may be doing."""

@@ -85,6 +85,12 @@ def test_patience_of_other_phases_is_their_own() -> None:
     assert patience.seconds(stands(0, "evaluating")) == 600.0
 
 
+def test_patience_where_ranks_wait_longer_for_each_other() -> None:
+    patience = Patience(5.0, 600.0, {"saving": 3600.0, "loading": 30.0})
+    assert [patience.seconds(stands(0, phase)) for phase in ("saving", "loading", "ending")] == [3600.0, 600.0, 600.0]
+    assert patience.seconds(stands(0, "saving", stopped=True)) == 5.0
+
+
 def test_patience_as_the_user_set_it() -> None:
     patience = Patience(5.0, 600.0)
     patience.learn(took(0, 30.0, count=20))
