@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -172,6 +173,15 @@ class SlurmLab:
         wait_until(settled, timeout_seconds, f"job {job_id} to be {' or '.join(states)}", lambda: str(self.job(job_id)))
         return self.job(job_id)["JobState"]
 
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within it no job starts; those that run go on."""
+        self.run("scontrol", "update", "PartitionName=main", "State=DOWN").expect()
+        try:
+            yield
+        finally:
+            self.run("scontrol", "update", "PartitionName=main", "State=UP").expect()
+
     def hosts(self, job_id: str | int) -> list[str]:
         """The nodes of a job, in order."""
         return self.run("scontrol", "show", "hostnames", self.job(job_id)["NodeList"]).expect().out.split()
@@ -248,11 +258,15 @@ class SlurmLab:
 
 
 def wait_until(
-    happened: Callable[[], bool], timeout_seconds: float, what: str, state: Callable[[], str] = lambda: ""
+    happened: Callable[[], bool],
+    timeout_seconds: float,
+    what: str,
+    state: Callable[[], str] = lambda: "",
+    poll_seconds: float = 0.1,
 ) -> None:
     """Poll until `happened()`. Raises TimeoutError, with `state()`."""
     deadline = time.monotonic() + timeout_seconds
     while not happened():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_seconds:.0f} s in vain for {what}\n{state()}")
-        time.sleep(0.1)
+        time.sleep(poll_seconds)

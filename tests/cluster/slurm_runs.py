@@ -32,7 +32,8 @@ class SlurmRun:
     def __init__(self, lab: SlurmLab, folder: Path, corpus: Path, settings: Mapping[str, Any]) -> None:
         self.lab = lab
         self.run_dir = folder
-        self.config = folder.with_suffix(".yaml")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.config = folder.with_name(f"{folder.name}.yaml")
         values = {**RUN, "data.corpus": str(corpus), "launch.run_dir": str(folder), **settings}
         self.config.write_text(render_run(values))
 
@@ -45,7 +46,7 @@ class SlurmRun:
         """The ids of its jobs."""
         said = self.gptdist("submit", self.config, "--cluster", LAB, *words).expect().out
         line = next(line for line in said.splitlines() if line.startswith("job "))
-        return line.removeprefix("job").split(";")[0].split(" then ")
+        return line.removeprefix("job").split(";")[0].strip().split(" then ")
 
     def status(self) -> dict[str, Any]:
         """What `gptdist status` says."""
@@ -53,9 +54,16 @@ class SlurmRun:
         return shown
 
     def await_status(self, *states: str, timeout_seconds: float = 90.0) -> dict[str, Any]:
-        """Wait until it says one of `states`."""
-        wait_until(lambda: self.status()["state"] in states, timeout_seconds, f"the run to be {states}", self.told)
-        return self.status()
+        """Wait until it says one of `states`; what it said then."""
+        shown: dict[str, Any] = {}
+
+        def is_so() -> bool:
+            shown.update(self.status())
+            return shown["state"] in states
+
+        # The command takes as much of a core as the run that it looks at.
+        wait_until(is_so, timeout_seconds, f"the run to be {' or '.join(states)}", self.told, poll_seconds=1.5)
+        return shown
 
     def await_step(self, step: int, timeout_seconds: float = 120.0) -> None:
         """Wait until the log has it."""

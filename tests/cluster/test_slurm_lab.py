@@ -53,17 +53,6 @@ def test_each_node_is_a_machine_of_its_own(lab: SlurmLab) -> None:
     assert lab.run("test", "-e", "/dev/shm/here", node=2).code == 1
 
 
-def test_a_job_on_a_node_that_dies_is_requeued(lab: SlurmLab) -> None:
-    script = "srun sh -c 'touch ${SLURM_RESTART_COUNT:-0}-$(hostname); sleep 1000'"
-    job = lab.run("sbatch", "--parsable", "--nodes=2", f"--wrap={script}").expect().out.strip()
-    # Slurm does not requeue a job whose node dies while its step is being launched.
-    wait_until(lambda: len(list(lab.folder.glob("0-node*"))) == 2, 20, "both tasks to run")
-    last = lab.hosts(job)[-1]
-    lab.kill_node(int(last.removeprefix("node")))
-    lab.await_job(job, "RUNNING", restarts=1)
-    assert last not in lab.hosts(job)
-
-
 def test_a_cut_cable_separates_and_a_mended_one_does_not(lab: SlurmLab) -> None:
     lab.cut_cable(2)
     assert not can_reach(lab, "node2")
