@@ -34,7 +34,7 @@ def main() -> int:
     """`python -m benchmarks.launch_rank FILE [N]`: start N ranks; without N, be one that torchrun started."""
     said_at, *nproc = sys.argv[1:]
     if nproc:
-        from launch.local import launch_local
+        from launch.ranks.local import launch_local
 
         return launch_local(int(nproc[0]), meet, said_at, preload=(TRAINING,))
     import importlib

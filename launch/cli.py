@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, GptdistError
 from gptdist.world import World
-from launch.arguments import parse_arguments
+from launch.arguments.command import parse_arguments
 from launch.outer import count_nodes, find_allocation, find_place, find_world
-from launch.verdict import EXIT_INTERRUPTED
+from launch.ranks.verdict import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from gptdist.config.load import LoadedRun
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 HANDLERS = {
     "train": "launch.cli:train",
-    "submit": "launch.submit:main",
-    "after-allocation": "launch.after_allocation:main",
-    "status": "launch.status:main",
-    "stop": "launch.stop:main",
-    "logs": "launch.logs:main",
-    "data build": "launch.data_build:main",
-    "data verify": "launch.data:verify",
-    "data show": "launch.data:show",
-    "data index": "launch.data:index",
-    "data order": "launch.data_order:main",
-    "generate": "launch.generate:main",
-    "serve": "launch.serve:main",
-    "eval": "launch.evaluate:main",
-    "export": "launch.export:main",
-    "import": "launch.import_model:main",
-    "ckpt list": "launch.ckpt:list_all",
-    "ckpt verify": "launch.ckpt:verify",
-    "ckpt diff": "launch.ckpt_rewrite:diff",
-    "ckpt reshard": "launch.ckpt_rewrite:reshard_one",
-    "ckpt average": "launch.ckpt_rewrite:average_some",
-    "ckpt copy": "launch.ckpt_copy:main",
-    "drill": "launch.drill:run",
-    "drill checkpoint": "launch.drill:checkpoint",
+    "submit": "launch.cluster.submit:main",
+    "after-allocation": "launch.cluster.after_allocation:main",
+    "status": "launch.runs.status:main",
+    "stop": "launch.runs.stop:main",
+    "logs": "launch.runs.logs:main",
+    "data build": "launch.corpora.build:main",
+    "data verify": "launch.corpora.show:verify",
+    "data show": "launch.corpora.show:show",
+    "data index": "launch.corpora.show:index",
+    "data order": "launch.corpora.order:main",
+    "generate": "launch.models.generate:main",
+    "serve": "launch.models.serve:main",
+    "eval": "launch.models.evaluate:main",
+    "export": "launch.models.export:main",
+    "import": "launch.models.import_model:main",
+    "ckpt list": "launch.checkpoints.show:list_all",
+    "ckpt verify": "launch.checkpoints.show:verify",
+    "ckpt diff": "launch.checkpoints.rewrite:diff",
+    "ckpt reshard": "launch.checkpoints.rewrite:reshard_one",
+    "ckpt average": "launch.checkpoints.rewrite:average_some",
+    "ckpt copy": "launch.checkpoints.copy:main",
+    "drill": "launch.drills.command:run",
+    "drill checkpoint": "launch.drills.command:checkpoint",
     "doctor": "launch.doctor:main",
 }
 
@@ -129,10 +129,10 @@ def _find_machine(args: argparse.Namespace, world: World | None) -> "Machine":
 
 def _train(args: argparse.Namespace, loaded: "LoadedRun", world: World | None, machine: "Machine", ranks: int) -> int:
     """Train on the first `ranks` of all; the others' processes end at once."""
+    from launch.cluster.run_folder import KEY
     from launch.elastic import seat
     from launch.hosts import place_among
-    from launch.run_folder import KEY
-    from launch.train_ranks import train_ranks
+    from launch.ranks.train_ranks import train_ranks
 
     launch = loaded.config.launch
     key_file = Path(launch.run_dir) / KEY
@@ -157,7 +157,7 @@ def run_rank(world: World, payload: tuple[Any, bool]) -> int:
 
 def _train_under_launcher(loaded: Any, world: World, fresh: bool) -> int:
     """One rank, which its launcher watches."""
-    from launch.run_lock import hold_run
+    from launch.ranks.run_lock import hold_run
 
     run_dir = Path(loaded.config.launch.run_dir)
     try:

@@ -53,7 +53,7 @@ print("PROBE" + json.dumps({"gpus": gpus, "cuda": torch.version.cuda, "nccl": to
 """
 GLOO_PROBE = """
 import sys
-from launch.local import launch_local
+from launch.ranks.local import launch_local
 def add_ones(world, payload):
     import torch, torch.distributed as dist
     from launch.rendezvous import join, leave
@@ -135,7 +135,7 @@ def _package(name: str, otherwise: str, meaning: str) -> Finding:
 
 
 def _processor() -> Finding:
-    from launch.warm import available_cores
+    from launch.ranks.warm import available_cores
 
     cores = available_cores()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptdist.errors import LaunchError
-from launch.place import Place
+from launch.ranks.place import Place
 
 USUAL_PORTS = range(28500, 28516)
 _SIOCGIFADDR = 0x8915

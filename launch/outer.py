@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gptdist.errors import ConfigError, LaunchError
 from gptdist.world import World
-from launch.place import Allocation, Place
-from launch.slurm_notation import first_host, tasks_per_node
+from launch.cluster.slurm_notation import first_host, tasks_per_node
+from launch.ranks.place import Allocation, Place
 
 LOOPBACK = "127.0.0.1"
 CONTROL_PORTS = 16

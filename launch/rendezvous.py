@@ -1,7 +1,7 @@
 """How the ranks of a `World` find each other and become a process group; the only importer of mpi4py.
 
 Sockets are on the loopback interface unless the ranks span several nodes. Reads of the environment only what tells
-who serves torchrun's store; which rank this is, it is told (`launch/outer.py` or `launch/place.py` know).
+who serves torchrun's store; which rank this is, it is told (`launch/outer.py` or `launch/ranks/place.py` know).
 """
 
 import os

@@ -26,9 +26,9 @@ from gptdist.monitor.heartbeat import Heartbeat
 from gptdist.remote import RemoteFolder, without_secrets
 from gptdist.train.spikes import steps_to_look_back
 from gptdist.world import World
-from launch.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS
+from launch.models.stored import checkpoints_dir
+from launch.ranks.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS
 from launch.rendezvous import open_channel
-from launch.stored import checkpoints_dir
 
 
 def retention_of(config: RunConfig) -> Retention:

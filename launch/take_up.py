@@ -22,8 +22,8 @@ from gptdist.remote import RemoteFolder
 from gptdist.train.compatible import check_can_begin, check_resumable, check_same_model, resume_notes
 from gptdist.train.progress import Progress, check_same_data, restored_progress
 from gptdist.train.rollback import gaps_of
+from launch.models.stored import checkpoints_dir
 from launch.saving import check_upload_is_new, find_checkpoint
-from launch.stored import checkpoints_dir
 
 WITHDRAW_ATTEMPTS = 3
 """All ranks wait meanwhile."""

@@ -51,6 +51,7 @@ from gptdist.train.save_clock import SaveClock
 from gptdist.train.schedule import batch_size_at, total_samples
 from gptdist.world import World
 from launch.elastic import Fit, fit_layout
+from launch.models.stored import checkpoints_dir
 from launch.preflight.check import run_preflight
 from launch.rendezvous import join, leave
 from launch.saving import (
@@ -59,7 +60,6 @@ from launch.saving import (
     open_saver,
     open_uploader,
 )
-from launch.stored import checkpoints_dir
 from launch.take_up import Start, go_back, take_up
 
 CONFIG_FILE = "config.yaml"

@@ -1,6 +1,6 @@
 """How a corpus build says how far it is: what a display must offer, and one that shows nothing.
 
-Knows no terminal. The display itself is `launch/build_progress.py`, which the data tools may not import.
+Knows no terminal. The display itself is `launch/corpora/build_progress.py`, which the data tools may not import.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ from gptdist.errors import GptdistError
 from launch.drills.certificate import Finding
 from launch.drills.saving_ranks import SavePlan, content_problem, read_records, save_steps
 from launch.drills.small_disk import SmallDisk, small_disk_problem
-from launch.local import run_local
+from launch.ranks.local import run_local
 
 PHASES = (
     "prepare",

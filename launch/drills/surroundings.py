@@ -12,13 +12,13 @@ from pathlib import Path
 from data_tools.corpus.order import RunOrder
 from gptdist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER_MISTAKE
 from gptdist.train.schedule import samples_at_step
-from launch.attempts import ATTEMPTS_FILE
 from launch.drills.rank_faults import Strike, flip_byte
 from launch.drills.small_disk import SmallDisk
 from launch.drills.small_run import SmallRun
 from launch.drills.stage import COMPUTING, LATEST, Noticed, Stage, Unexpected
-from launch.run_files import METRICS_FILE
-from launch.run_lock import LOCK_FILE
+from launch.ranks.run_lock import LOCK_FILE
+from launch.runs.attempts import ATTEMPTS_FILE
+from launch.runs.run_files import METRICS_FILE
 
 DISK_BYTES = 8 << 20
 READ_AHEAD_STEPS = 10

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from gptdist.world import World
-from launch.attempts import read_attempts
-from launch.messages import Hello, encode
+from launch.ranks.messages import Hello, encode
+from launch.runs.attempts import read_attempts
 from tests.dist.commands import Commands, curve, last_step
 from tests.dist.pretended import end_at_once, train
 from tests.dist.test_local_launch import await_files, is_running
@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = """
 import json, sys
 from pathlib import Path
-from launch.hang import Patience
-from launch.lead import Supervision
-from launch.local import show_verdict
-from launch.place import Allocation, Place
-from launch.record import Record
-from launch.slow_ranks import SlowRanks
-from launch.supervise import run_agent
+from launch.ranks.hang import Patience
+from launch.ranks.lead import Supervision
+from launch.ranks.local import show_verdict
+from launch.ranks.place import Allocation, Place
+from launch.ranks.record import Record
+from launch.ranks.slow_ranks import SlowRanks
+from launch.ranks.supervise import run_agent
 from gptdist.errors import LaunchError
 from tests.dist import pretended
 told = json.loads(sys.argv[1])

@@ -12,8 +12,8 @@ import pytest
 
 from gptdist.checkpoint.folder import step_folders
 from gptdist.errors import ConfigError
-from launch.drill import run as drill
 from launch.drills import run_faults
+from launch.drills.command import run as drill
 from launch.drills.rank_faults import STRIKES, Strike, Struck, read_trained, write_plan
 from launch.drills.run_faults import FAULTS, build_reference
 from launch.drills.same_run import Reference, steps_lost

@@ -28,9 +28,9 @@ from gptdist.layout import Layout
 from gptdist.model.sampling import Sampling
 from gptdist.train.sample import generate
 from gptdist.world import World
-from launch import export, import_model
-from launch.arguments import parse_arguments
-from launch.proof import Proof, prove
+from launch.arguments.command import parse_arguments
+from launch.models import export, import_model
+from launch.models.proof import Proof, prove
 from tests.dist.cases import text
 from tests.dist.commands import Commands
 from tests.dist.ranks import RankPool

@@ -16,7 +16,7 @@ import torch
 from data_tools.tokenizing.hard_texts import hard_texts
 from gptdist.model.sampling import Sampling
 from gptdist.train.sample import generate
-from launch.trained import Trained, open_trained
+from launch.models.trained import Trained, open_trained
 from tests.dist.commands import Commands
 from tests.unit.test_export_gguf import MODELS, run_export, saved
 

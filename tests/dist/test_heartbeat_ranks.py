@@ -19,8 +19,8 @@ from gptdist.engine.clock import StepClock
 from gptdist.monitor.heartbeat import COLLECTIVES, Pulse, StepTimes
 from gptdist.world import World
 from launch import train as train_module
-from launch.slow_ranks import find_slow_ranks, rank_loads
-from launch.stacks import STACK_SIGNAL, answer_stacks, ask_stacks, create_pad
+from launch.ranks.slow_ranks import find_slow_ranks, rank_loads
+from launch.ranks.stacks import STACK_SIGNAL, answer_stacks, ask_stacks, create_pad
 from tests.dist.cases import CLASSIC, Case, batch_of, engine_of, train
 from tests.dist.commands import Commands
 from tests.dist.fork_server import fork_server

@@ -19,7 +19,7 @@ from tests.dist.pretended import announce
 
 LAUNCH = """
 import sys
-from launch.local import launch_local
+from launch.ranks.local import launch_local
 from tests.dist import test_local_launch as targets
 nproc, name, payload = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 sys.exit(launch_local(nproc, getattr(targets, name), payload, timeout_seconds=30))
@@ -212,7 +212,8 @@ def test_no_orphan_after_the_launcher_is_killed(tmp_path: Path) -> None:
 
 def test_a_port_in_use_is_the_users_to_mend() -> None:
     program = (
-        "from launch.rendezvous import open_listener\nfrom launch import cli\nfrom launch.local import launch_local\n"
+        "from launch.rendezvous import open_listener\nfrom launch import cli\n"
+        "from launch.ranks.local import launch_local\n"
         "from gptdist.errors import LaunchError\nimport sys\n"
         "taken = open_listener('127.0.0.1', 0)\n"
         "try: launch_local(2, lambda world, payload: print('ran'), port=taken.getsockname()[1])\n"
@@ -224,7 +225,7 @@ def test_a_port_in_use_is_the_users_to_mend() -> None:
 
 JOIN = """
 import os, sys
-from launch.local import launch_local
+from launch.ranks.local import launch_local
 def check_listeners():
     own = set()
     for fd in os.listdir("/proc/self/fd"):
@@ -255,7 +256,7 @@ def test_ranks_join_over_loopback_only() -> None:
 
 LATE = """
 import sys
-from launch.local import launch_local
+from launch.ranks.local import launch_local
 def late(world, payload):
     import time
     from launch.rendezvous import join

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.attempts import Attempt, read_attempts
+from launch.runs.attempts import Attempt, read_attempts
 from tests.dist.commands import Command, Commands, curve, last_step, state_bytes
 from tests.dist.test_saving import children
 

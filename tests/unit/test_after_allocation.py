@@ -9,9 +9,9 @@ import pytest
 
 from gptdist.errors import StorageError
 from launch import cli
-from launch.attempts import Attempt, begin, end, read_attempts
-from launch.rules import DONE, REQUEUE, RESTART, STOP
-from launch.run_files import RunFiles, SavedStep
+from launch.ranks.rules import DONE, REQUEUE, RESTART, STOP
+from launch.runs.attempts import Attempt, begin, end, read_attempts
+from launch.runs.run_files import RunFiles, SavedStep
 from tests.unit.fake_slurm import FakeSlurm
 
 
@@ -66,11 +66,11 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setenv("FAKE_SLURM", str(slurm.folder))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.setattr("launch.after_allocation.ignore_term", lambda: None)
-    monkeypatch.setattr("launch.slurm.PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr("launch.slurm.POLL_SECONDS", 0.1)
-    monkeypatch.setattr("launch.after_allocation.CONTROLLER_SECONDS", 0.3)
-    monkeypatch.setattr("launch.after_allocation.ASK_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("launch.cluster.after_allocation.ignore_term", lambda: None)
+    monkeypatch.setattr("launch.cluster.slurm.PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("launch.cluster.slurm.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("launch.cluster.after_allocation.CONTROLLER_SECONDS", 0.3)
+    monkeypatch.setattr("launch.cluster.after_allocation.ASK_AGAIN_SECONDS", 0.1)
     return Job(tmp_path, slurm)
 
 
@@ -140,7 +140,7 @@ def test_enough_nodes_are_left_for_a_job_that_would_else_wait_for_ever(
 
 def test_a_run_that_fewer_nodes_will_do_for_is_left_so_many(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     files = RunFiles(job.run_dir, 10, (), {}, None, (), (), min_nodes=7)
-    monkeypatch.setattr("launch.after_allocation.read_run", lambda run_dir: files)
+    monkeypatch.setattr("launch.cluster.after_allocation.read_run", lambda run_dir: files)
     job.was(REQUEUE, 75, culprits=("node2",))
     job.shows("node1,node5", nodes="9")  # of a requeued job Slurm shows how many it had, not the fewest it asked for
     assert job.ends() == 75
@@ -189,7 +189,7 @@ def test_a_controller_that_is_down(job: Job, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_controller_that_restarts_is_asked_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.after_allocation.CONTROLLER_SECONDS", 60.0)
+    monkeypatch.setattr("launch.cluster.after_allocation.CONTROLLER_SECONDS", 60.0)
     job.was(REQUEUE, 75)
     down = (
         '[ -e "$FAKE_SLURM/up" ] || { touch "$FAKE_SLURM/up"; echo "Unable to contact slurm controller" >&2; exit 1; }'
@@ -231,7 +231,7 @@ def test_an_end_between_two_attempts_in_place_is_a_failure_of_its_own(job: Job) 
 
 def test_what_a_run_had_saved_when_it_was_killed_is_on_record(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     files = RunFiles(job.run_dir, 100, (), {}, SavedStep(40, job.run_dir, None, True), (), ())
-    monkeypatch.setattr("launch.after_allocation.read_run", lambda run_dir: files)
+    monkeypatch.setattr("launch.cluster.after_allocation.read_run", lambda run_dir: files)
     job.was(None)
     assert job.ends(srun_exit=137) == 75
     assert read_attempts(job.run_dir)[0].saved_step == 40
@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_the_decision_to_srun(
     def is_full(run_dir: Path, attempt: Attempt) -> None:
         raise StorageError("disk full.")
 
-    monkeypatch.setattr("launch.after_allocation.end", is_full)
+    monkeypatch.setattr("launch.cluster.after_allocation.end", is_full)
     assert job.ends(srun_exit=75) == 75
     assert job.told() == [["requeue", "7"]] and "this is not on record: disk full." in capsys.readouterr().err
 
@@ -304,6 +304,6 @@ def test_a_good_end_without_a_record_is_believed_where_the_last_step_is_saved(
     job: Job, monkeypatch: pytest.MonkeyPatch, saved: int, code: int
 ) -> None:
     files = RunFiles(job.run_dir, 10, (), {}, SavedStep(saved, job.run_dir, None, True), (), ())
-    monkeypatch.setattr("launch.after_allocation.read_run", lambda run_dir: files)
+    monkeypatch.setattr("launch.cluster.after_allocation.read_run", lambda run_dir: files)
     assert job.ends(srun_exit=0) == code
     assert read_attempts(job.run_dir)[0].action == (STOP if code else DONE)

@@ -111,7 +111,7 @@ def test_paths_in_the_documents_exist() -> None:
 
 
 def test_commands_in_the_readme_are_understood() -> None:
-    from launch.arguments import parse_arguments
+    from launch.arguments.command import parse_arguments
 
     commands = re.findall(r"^    (?:.* )?gptdist (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(commands) >= 10

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptdist.errors import StorageError
-from launch import attempts
-from launch.attempts import ATTEMPTS_FILE, Attempt, begin, end, note, read_attempts, read_notes
+from launch.runs import attempts
+from launch.runs.attempts import ATTEMPTS_FILE, Attempt, begin, end, note, read_attempts, read_notes
 
 FIRST = Attempt("slurm 7", 0, 0, ("node1", "node2"), 4, began=1000.0, start_step=0)
 ENDED = replace(

@@ -23,7 +23,7 @@ from gptdist.model.parameters import logical_shapes
 from gptdist.train.compatible import check_same_model
 from gptdist.world import World
 from launch import cli
-from launch.ckpt import verify as verify_all
+from launch.checkpoints.show import verify as verify_all
 from tests.unit.checkpoints import FILE, flip_a_bit, rewrite_manifest, save
 
 SECOND = "rank-00001.safetensors"

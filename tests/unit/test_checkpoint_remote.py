@@ -27,7 +27,7 @@ from gptdist.remote import RemoteFolder
 from gptdist.train.progress import Progress, run_state
 from gptdist.world import World
 from launch import saving
-from launch.ckpt_copy import main as ckpt_copy
+from launch.checkpoints.copy import main as ckpt_copy
 from launch.saving import find_checkpoint
 from tests.unit.thread_ranks import on_ranks
 

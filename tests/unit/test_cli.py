@@ -11,7 +11,7 @@ import pytest
 
 from gptdist.errors import CheckpointError, TrainingDiverged
 from launch import cli
-from launch.arguments import parse_arguments
+from launch.arguments.command import parse_arguments
 
 RUN = "configs/runs/quickstart.yaml"
 

@@ -7,8 +7,8 @@ import pytest
 
 from gptdist.config.load import render_sections
 from gptdist.errors import ConfigError
-from launch.cluster import CLUSTER, ClusterConfig, load_cluster
-from launch.secret_values import is_secret_name, is_secret_value
+from launch.cluster.secret_values import is_secret_name, is_secret_value
+from launch.cluster.settings import CLUSTER, ClusterConfig, load_cluster
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.yaml"))
 SECRET = "0123456789abcdef0123456789abcdef01234567"

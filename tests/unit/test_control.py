@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptdist.world import World
-from launch.channel import Channel, Closed
-from launch.handshake import LONGEST_LINE, AgentsHandshake, LeadsHandshake, Refused
-from launch.messages import Hello
 from launch.outer import CONTROL_PORTS, find_allocation, find_place, find_world
+from launch.ranks.channel import Channel, Closed
+from launch.ranks.handshake import LONGEST_LINE, AgentsHandshake, LeadsHandshake, Refused
+from launch.ranks.messages import Hello
 from tests.unit.test_rendezvous import places, srun_env
 
 HELLO = Hello(first_rank=2, ranks=2, host="node1", pid=7)

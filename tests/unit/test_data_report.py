@@ -21,8 +21,8 @@ from data_tools.reporting.progress import NoProgress, Progress
 from data_tools.reporting.report import PAGE_SOURCES, CorpusReport, SplitReport, render_html, render_report
 from data_tools.reporting.statistics import SAMPLES_PER_CLASS, BuildStatistics, Counts, merge
 from gptdist.data.manifest import TokenizerInfo
-from launch.build_progress import BuildProgress
-from launch.build_summary import BuildOutcome, render_summary
+from launch.corpora.build_progress import BuildProgress
+from launch.corpora.build_summary import BuildOutcome, render_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "</pre><script>alert(1)</script>&amp;\"'\x00\x07\x1b[2J\x7f\x85\u202eevil"
@@ -416,7 +416,7 @@ def test_no_stream_at_all_stops_no_build(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
     script = (
-        "from launch.build_progress import BuildProgress\nwith BuildProgress() as progress:\n"
+        "from launch.corpora.build_progress import BuildProgress\nwith BuildProgress() as progress:\n"
         "    for _ in range(99): progress.stage('read', 1, 'tasks'); progress.advance(1)\n"
     )
     read, write = os.pipe()

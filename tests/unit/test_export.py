@@ -26,9 +26,9 @@ from gptdist.errors import ExchangeError, GptdistError, NotConformant
 from gptdist.exchange.conformance import BOUND, compare, kept_positions, probe_lengths, random_probes
 from gptdist.exchange.hf_tokenizer import bytes_tokenizer_json, is_of_bytes, tokenizer_files
 from gptdist.exchange.read_hf import HuggingFaceSource
-from launch import export, import_model, proof
-from launch.arguments import parse_arguments
-from launch.card import begin_card
+from launch.arguments.command import parse_arguments
+from launch.models import export, import_model, proof
+from launch.models.card import begin_card
 from launch.new_folder import new_folder
 from tests.stored_models import random_weight, write_run
 
@@ -365,7 +365,7 @@ def test_conversion_takes_one_tensor_of_memory_and_no_torch(tmp_path: Path) -> N
     model = CLASSIC.model_copy(update=sizes)
     step = write_run(tmp_path / "run", model)
     script = (
-        "import sys, resource\nfrom launch.cli import main\nimport launch.export\n"
+        "import sys, resource\nfrom launch.cli import main\nimport launch.models.export\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"code = main(['export', {str(step)!r}, '--out', {str(tmp_path / 'out')!r}, '--no-proof'])\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

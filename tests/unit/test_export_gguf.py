@@ -24,7 +24,7 @@ from gptdist.exchange.gguf_file import DTYPES, GgufFile, decode, encode
 from gptdist.exchange.gguf_vocabulary import Vocabulary, gguf_vocabulary
 from gptdist.model.parameters import logical_shapes
 from gptdist.world import World
-from launch import export, export_gguf
+from launch.models import export, export_gguf
 
 CLASSIC = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, vocab_size=300, sequence_length=32)
 MODERN = CLASSIC.model_copy(

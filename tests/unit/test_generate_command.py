@@ -6,8 +6,8 @@ import types
 import pytest
 
 from gptdist.errors import GenerationError
-from launch.arguments import parse_arguments
-from launch.generate import DEFAULT_PROMPT, Order, _order
+from launch.arguments.command import parse_arguments
+from launch.models.generate import DEFAULT_PROMPT, Order, _order
 
 
 def order(monkeypatch: pytest.MonkeyPatch, *words: str, stdin: bytes = b"") -> Order:
@@ -24,7 +24,7 @@ def test_a_dash_reads_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_standard_input_that_is_no_text_or_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GenerationError, match="not UTF-8 at byte 3"):
         order(monkeypatch, "--prompt", "-", stdin=b"abc\xff")
-    monkeypatch.setattr("launch.generate._MOST_PROMPT_BYTES", 10)
+    monkeypatch.setattr("launch.models.generate._MOST_PROMPT_BYTES", 10)
     with pytest.raises(GenerationError, match="more than any context"):
         order(monkeypatch, "--prompt", "-", stdin=b"x" * 11)
     with pytest.raises(GenerationError, match="once"):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.attempts import Attempt
-from launch.goodput import LoggedStep, goodput, kept_seconds, kept_steps
+from launch.runs.attempts import Attempt
+from launch.runs.goodput import LoggedStep, goodput, kept_seconds, kept_steps
 
 FIRST = Attempt("slurm 1", 0, 0, ("node1",), 2, began=100.0, start_step=0)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from gptdist.monitor.heartbeat import StepTimes
-from launch.failure_report import RankStack, hang_report, hang_sentence, rank_list
-from launch.hang import Patience, Standing, find_culprits, find_hang
+from launch.ranks.failure_report import RankStack, hang_report, hang_sentence, rank_list
+from launch.ranks.hang import Patience, Standing, find_culprits, find_hang
 
 
 def stands(

@@ -18,7 +18,7 @@ from launch.hosts import (
     parse_hosts,
     place_among,
 )
-from launch.place import Place
+from launch.ranks.place import Place
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}(\.[a-z]{2,5})?", fullmatch=True)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.cluster import ClusterConfig, ContainerConfig, load_cluster
-from launch.job_script import Job, _quote_option, check_paths, job_name, render_job_script
+from launch.cluster.job_script import Job, _quote_option, check_paths, job_name, render_job_script
+from launch.cluster.settings import ClusterConfig, ContainerConfig, load_cluster
 from tests.unit.fake_slurm import FakeSlurm
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,15 +9,15 @@ import pytest
 
 from gptdist.errors import LaunchError
 from gptdist.monitor.heartbeat import StepTimes
-from launch.attempts import read_attempts
-from launch.hang import Patience, Standing
-from launch.lead import Lead, Supervision
-from launch.messages import Beats, Dump, End, Ended, Exit, Hello, Order, PassOn, Signalled, Stacks, Start
-from launch.place import Allocation
-from launch.record import Record
-from launch.slow_ranks import SlowRanks
-from launch.time_limit import TimeLimit
-from launch.verdict import RankEnd, Report
+from launch.cluster.time_limit import TimeLimit
+from launch.ranks.hang import Patience, Standing
+from launch.ranks.lead import Lead, Supervision
+from launch.ranks.messages import Beats, Dump, End, Ended, Exit, Hello, Order, PassOn, Signalled, Stacks, Start
+from launch.ranks.place import Allocation
+from launch.ranks.record import Record
+from launch.ranks.slow_ranks import SlowRanks
+from launch.ranks.verdict import RankEnd, Report
+from launch.runs.attempts import read_attempts
 
 
 class Cluster:
@@ -222,7 +222,7 @@ def test_a_hang_is_reported_with_stacks_and_ended(cluster: Cluster, capsys: pyte
         cluster.stand(rank, still=10.5, busy=rank == 3)
     cluster.tick(3)
     assert [agent for agent, _ in cluster.took(Dump)] == [0, 2]
-    from launch.failure_report import RankStack
+    from launch.ranks.failure_report import RankStack
 
     stacks = [RankStack(rank, "model.py:1 in forward" if rank == 3 else "loop.py:2 in run") for rank in range(4)]
     cluster.lead.hear(0, Stacks(generation=0, stacks=tuple(stacks[:2])))

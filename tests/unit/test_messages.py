@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptdist.monitor.heartbeat import StepTimes
-from launch.failure_report import RankStack
-from launch.hang import Standing
-from launch.messages import (
+from launch.ranks.failure_report import RankStack
+from launch.ranks.hang import Standing
+from launch.ranks.messages import (
     Alive,
     Beats,
     Dump,
@@ -27,7 +27,7 @@ from launch.messages import (
     read_order,
     read_word,
 )
-from launch.verdict import RankEnd, Report
+from launch.ranks.verdict import RankEnd, Report
 
 STANDING = Standing(3, True, 7, "saving", "broadcast", 1.5, 6, (StepTimes(7, 1.0, 0.1, 0.5, 0.4),))
 WORDS = (

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from gptdist.errors import ConfigError, LaunchError
 from gptdist.world import World
+from launch.cluster.slurm_notation import first_host, tasks_per_node
 from launch.outer import find_world
 from launch.rendezvous import LOOPBACK, open_listener
-from launch.slurm_notation import first_host, tasks_per_node
 
 NODES = ([1], [2], [4], [2, 2], [3, 1], [2, 2, 2, 1])
 

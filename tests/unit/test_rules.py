@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.attempts import Attempt
-from launch.rules import REQUEUE, RESTART, STOP, Decision, Failure, decide, restarts_without_progress
+from launch.ranks.rules import REQUEUE, RESTART, STOP, Decision, Failure, decide, restarts_without_progress
+from launch.runs.attempts import Attempt
 
 KILLED = Failure("rank 1 was killed", culprits=("node2",))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, logs, stop
-from launch.attempts import Attempt, begin, end
+from launch import cli
+from launch.runs import logs, stop
+from launch.runs.attempts import Attempt, begin, end
 
 BEGUN = Attempt("local", 0, 0, ("here",), 2, began=time.time(), start_step=0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptdist.errors import LaunchError
-from launch.run_lock import hold_run, holder_is_alive
+from launch.ranks.run_lock import hold_run, holder_is_alive
 
 
 def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_job_waits_for_the_lock_of_a_lost_node(
         with pytest.raises(LaunchError, match="slurm 76"), hold_run(tmp_path, "slurm 77", 0.05):
             pass
         assert "waiting up to 0 s" in capsys.readouterr().err
-        monkeypatch.setattr("launch.run_lock.time.sleep", lambda seconds: before.close())
+        monkeypatch.setattr("launch.ranks.run_lock.time.sleep", lambda seconds: before.close())
         with hold_run(tmp_path, "slurm 77", 60.0) as lock:
             assert lock is not None
     assert "which the run on" in capsys.readouterr().err

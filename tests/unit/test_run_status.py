@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from launch.attempts import Attempt, Note
-from launch.goodput import LoggedStep
-from launch.run_files import RunFiles, SavedStep
-from launch.run_status import RunStatus, build_status
-from launch.slurm_queue import QueuedJob, parse_queue
-from launch.status import render_status
+from launch.cluster.slurm_queue import QueuedJob, parse_queue
+from launch.runs.attempts import Attempt, Note
+from launch.runs.goodput import LoggedStep
+from launch.runs.run_files import RunFiles, SavedStep
+from launch.runs.run_status import RunStatus, build_status
+from launch.runs.status import render_status
 
 NOW = 1000.0
 RUN = Path("/shared/runs/a b")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gptdist.config.sections import ModelConfig
 from gptdist.layout import Layout
 from gptdist.monitor.heartbeat import StepTimes
-from launch.slow_ranks import OFTEN, WINDOW, SlowRanks, find_slow_ranks, rank_loads
+from launch.ranks.slow_ranks import OFTEN, WINDOW, SlowRanks, find_slow_ranks, rank_loads
 
 FACTOR = 2.0
 _KEPT = 63  # steps that a rank's memory holds

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.slurm import _parse_gpus, _parse_partition, clean_environment, parse_time, render_time, said
+from launch.cluster.slurm import _parse_gpus, _parse_partition, clean_environment, parse_time, render_time, said
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import stacks
-from launch.stacks import (
+from launch.ranks import stacks
+from launch.ranks.stacks import (
     STACK_SIGNAL,
     Frame,
     RankStacks,

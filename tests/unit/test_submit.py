@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, run_folder
-from launch.run_folder import SOURCE, new_job_folder
+from launch import cli
+from launch.cluster import run_folder
+from launch.cluster.run_folder import SOURCE, new_job_folder
 from tests.unit.fake_slurm import LAB, FakeSlurm
 
 RUN = """
@@ -238,7 +239,7 @@ def test_a_controller_that_is_down(slurm: FakeSlurm, capsys: pytest.CaptureFixtu
 def test_a_controller_that_does_not_answer(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.slurm.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("launch.cluster.slurm.ANSWER_SECONDS", 0.2)
     slurm.answers("sinfo", "exec sleep 30")
     code, _, err = submit(capsys)
     assert code == 1 and "sinfo did not answer within 0.2 s" in err
@@ -321,7 +322,7 @@ def test_a_failure_leaves_an_older_run_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_lab_is_what_sinfo_says_of_it() -> None:
-    from launch.slurm import _parse_partition
+    from launch.cluster.slurm import _parse_partition
 
     lab = _parse_partition(LAB)
     assert lab is not None and (lab.name, lab.is_default, lab.nodes, lab.gpus) == ("main", True, 3, {"": 2})

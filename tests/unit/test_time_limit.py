@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.time_limit import LARGEST_MARGIN, MARGIN_SECONDS, SAFETY, TimeLimit, find_end
+from launch.cluster.time_limit import LARGEST_MARGIN, MARGIN_SECONDS, SAFETY, TimeLimit, find_end
 
 SECONDS = st.floats(0, 1e5)
 

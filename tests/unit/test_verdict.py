@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from launch.verdict import RankEnd, Report, judge
+from launch.ranks.verdict import RankEnd, Report, judge
 
 
 def report(

@@ -1,0 +1,1 @@
+"""How the `gptdist` command reads its command line."""

@@ -1,0 +1,1 @@
+"""`gptdist ckpt`: checkpoints listed, verified, compared, rewritten and copied."""

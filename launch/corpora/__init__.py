@@ -1,0 +1,1 @@
+"""`gptdist data`: corpora built, shown, verified, and their order."""

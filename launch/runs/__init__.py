@@ -1,0 +1,1 @@
+"""Looking after runs by their files: status, stop, logs."""
