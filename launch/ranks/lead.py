@@ -17,6 +17,7 @@ from gptdist.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from gptdist.monitor.heartbeat import StepTimes
 from launch.cluster.time_limit import NO_TIME_LIMIT, TimeLimit
 from launch.ranks.failure_report import RankStack, hang_report, hang_sentence, rank_list, whereabouts
+from launch.ranks.forked_rank import FORWARDED
 from launch.ranks.hang import MIDWAY, Hang, Patience, Standing, find_hang
 from launch.ranks.messages import (
     Beats,
@@ -33,6 +34,7 @@ from launch.ranks.messages import (
     Word,
 )
 from launch.ranks.record import Record
+from launch.ranks.roster import Roster
 from launch.ranks.rules import RESTART, STOP, Decision, Failure
 from launch.ranks.slow_ranks import WINDOW, SlowRanks
 from launch.ranks.verdict import EXIT_INTERRUPTED, RankEnd, Verdict, judge
@@ -55,18 +57,6 @@ COMPARE_SECONDS = 2.0
 """Between looks for slow ranks."""
 WIND_DOWN_SECONDS = 30.0
 """A rank that is still there so long after KILL is stuck in its machine's kernel."""
-
-
-@dataclass
-class Agent:
-    """One agent as the lead knows it. `ended`: of its ranks in this generation."""
-
-    hello: Hello
-    lost: bool = False
-
-    @property
-    def ranks(self) -> range:
-        return range(self.hello.first_rank, self.hello.first_rank + self.hello.ranks)
 
 
 @dataclass(frozen=True)
@@ -116,8 +106,7 @@ class Lead:
         self._post = post
         self._supervision = supervision
         self._clock = clock
-        self._agents: dict[int, Agent] = {}
-        self._agent_of: dict[int, Agent] = {}  # by rank
+        self._roster = Roster(world_size)
         self._generation = _Generation(-1)  # none yet
         self._deadline = clock() + join_seconds
         self._limit_seconds = limit_seconds
@@ -136,45 +125,37 @@ class Lead:
 
     def welcome(self, hello: Hello) -> str | None:
         """An agent that has come; or why it cannot be one of ours."""
-        ranks = range(hello.first_rank, hello.first_rank + hello.ranks)
-        if ranks.stop > self._world_size:
-            return f"ranks up to {ranks.stop - 1} of {self._world_size}"
-        for rank in ranks:
-            if rank in self._agent_of:
-                return f"rank {rank} already came from {self._agent_of[rank].hello.host}"
-        agent = self._agents[hello.first_rank] = Agent(hello)
-        self._agent_of.update(dict.fromkeys(agent.ranks, agent))
-        return None
+        return self._roster.add(hello)
 
     def hear(self, agent: int, word: Word) -> None:
         """What an agent says. Of an earlier generation, it is too late to count."""
-        generation = self._generation
+        generation, own = self._generation, self._roster[agent].ranks
         match word:
             case Beats() if word.generation == generation.number:
                 for standing in word.standings:
-                    self._note(agent, standing)
-            case Ended() if word.generation == generation.number and word.end.global_rank in self._agents[agent].ranks:
+                    if standing.global_rank in own:
+                        self._note(standing)
+            case Ended() if word.generation == generation.number and word.end.global_rank in own:
                 generation.ends[word.end.global_rank] = self._on_our_clock(word)
             case Stacks() if word.generation == generation.number:
-                generation.stacks.update({stack.global_rank: stack for stack in word.stacks})
-            case Signalled():
+                stacks = {stack.global_rank: stack for stack in word.stacks if stack.global_rank in own}
+                generation.stacks.update(stacks)
+            case Signalled() if word.number in FORWARDED:
                 self._pass_on(agent, word.number)
 
     def lose(self, agent: int, why: str) -> None:
         """An agent is gone, and its ranks with it."""
         if self._generation.number < 0:
-            for rank in self._agents.pop(agent).ranks:  # it may come again
-                del self._agent_of[rank]
+            self._roster.forget(agent)
             return
-        lost = self._agents[agent]
+        lost = self._roster[agent]
         if lost.lost:
             return
         lost.lost = True
         if self.verdict is not None or self._next is not None:
             return
-        host = lost.hello.host
-        message = f"lost {host} with {rank_list(lost.ranks)}: {why}. {self._where(lost.ranks.start)}".rstrip()
-        self._fail(Verdict(EXIT_RESUMABLE, message), Failure(message, culprits=(host,), node_lost=True))
+        message = f"lost {lost.host} with {rank_list(lost.ranks)}: {why}. {self._where(lost.ranks.start)}".rstrip()
+        self._fail(Verdict(EXIT_RESUMABLE, message), Failure(message, culprits=(lost.host,), node_lost=True))
 
     def tick(self) -> None:
         """Whatever the time has come for."""
@@ -185,7 +166,7 @@ class Lead:
 
     def _gather(self, now: float) -> None:
         """Until all agents are there."""
-        absent = set(range(self._world_size)) - self._agent_of.keys()
+        absent = self._roster.absent()
         if not absent and self._refusal is not None:
             self._end(self._refusal)
         elif not absent:
@@ -196,7 +177,7 @@ class Lead:
                 "printed; raise launch.timeout if they are only slow."
             )
             if self._supervision:
-                self._supervision.record.start(0, self._hosts(), self._world_size)
+                self._supervision.record.start(0, self._roster.hosts(), self._world_size)
             self._fail(Verdict(EXIT_FAILED, message), Failure(message, node_lost=True))
 
     def _start(self, number: int) -> None:
@@ -211,7 +192,7 @@ class Lead:
         self._doing = self._run
         if self._supervision:
             self._supervision.patience.restart()
-            self._supervision.record.start(number, self._hosts(), self._world_size)
+            self._supervision.record.start(number, self._roster.hosts(), self._world_size)
         self._tell_all(Start(generation=number, master_address=address, master_port=port))
 
     def _run(self, now: float) -> None:
@@ -233,19 +214,19 @@ class Lead:
             self._look_at_the_clock(self._supervision.time_limit)
 
     def _await_stacks(self, now: float) -> None:
-        asked = {rank for rank in self._running() if not self._agent_of[rank].lost}
+        asked = {rank for rank in self._running() if not self._roster.agent_of(rank).lost}
         if asked <= self._generation.stacks.keys() or now > self._deadline:
             assert self._hang is not None
-            self._say(hang_report(self._hang, self._host_of, self._generation.stacks))
-            message = hang_sentence(self._hang, self._host_of)
-            hosts = tuple(dict.fromkeys(map(self._host_of, self._hang.culprits)))
+            self._say(hang_report(self._hang, self._roster.host_of, self._generation.stacks))
+            message = hang_sentence(self._hang, self._roster.host_of)
+            hosts = tuple(dict.fromkeys(map(self._roster.host_of, self._hang.culprits)))
             self._fail(Verdict(EXIT_FAILED, message), Failure(message, culprits=hosts))
 
     def _wind_down(self, now: float) -> None:
         """Until the last rank is gone; then others start, or it is over."""
         left = self._running()
         if left and now > self._deadline:
-            for agent in {self._agent_of[rank].hello.first_rank for rank in left}:
+            for agent in {self._roster.agent_of(rank).hello.first_rank for rank in left}:
                 self.lose(agent, "its ranks cannot be ended")
         elif left:
             return
@@ -269,7 +250,7 @@ class Lead:
             return
         culprits: tuple[str, ...] = ()
         if verdict.global_rank is not None and not verdict.deliberate:
-            culprits = (self._host_of(verdict.global_rank),)
+            culprits = (self._roster.host_of(verdict.global_rank),)
             verdict = replace(verdict, message=f"{verdict.message} {self._where(verdict.global_rank)}".rstrip())
         failure = Failure(verdict.message, verdict.exit_code, culprits, deliberate=verdict.deliberate)
         if verdict.unfit:  # others may be fit, so it need not fail again
@@ -308,7 +289,7 @@ class Lead:
             return
         generation.compared_at = now
         for slow in supervision.slow_ranks.look(generation.recent):
-            text = f"{slow.describe()}; it is on {self._host_of(slow.global_rank)}"
+            text = f"{slow.describe()}; it is on {self._roster.host_of(slow.global_rank)}"
             self._say(f"warning: {text}")
             supervision.record.note("slow rank", text)
 
@@ -348,6 +329,8 @@ class Lead:
     def _pass_on(self, agent: int, number: int) -> None:
         """A signal that an agent got. The agents of a job all get the same one, and ranks are to get it once."""
         if number == signal.SIGINT and agent in self._interrupted:
+            if self._supervision and self._generation.number >= 0 and self._next is None:
+                self._supervision.record.ended(EXIT_INTERRUPTED, "SIGINT", self._standings())
             self._end(Verdict(EXIT_INTERRUPTED, "interrupted; the newest checkpoint, if any, is as it was."), 0.0)
             return
         if number == signal.SIGINT:
@@ -365,10 +348,8 @@ class Lead:
 
     # -- who and where -----------------------------------------------------------------------------------------------
 
-    def _note(self, agent: int, standing: Standing) -> None:
+    def _note(self, standing: Standing) -> None:
         generation = self._generation
-        if standing.global_rank not in self._agents[agent].ranks:
-            return
         generation.standings[standing.global_rank] = standing
         if self._supervision is None:
             return
@@ -382,23 +363,16 @@ class Lead:
         """Ranks that were started and have not ended, as far as their agents can tell."""
         if self._generation.number < 0:
             return []
-        ends = self._generation.ends
-        return [rank for rank in range(self._world_size) if rank not in ends and not self._agent_of[rank].lost]
+        return [rank for rank in self._roster.reachable() if rank not in self._generation.ends]
 
     def _standings(self) -> list[Standing]:
         return list(self._generation.standings.values())
-
-    def _host_of(self, rank: int) -> str:
-        return self._agent_of[rank].hello.host
-
-    def _hosts(self) -> list[str]:
-        return [self._agents[first].hello.host for first in sorted(self._agents)]
 
     def _where(self, rank: int) -> str:
         standing = self._generation.standings.get(rank)
         if self._supervision is None or standing is None:
             return ""
-        return f"({whereabouts(standing, self._host_of(rank))})"
+        return f"({whereabouts(standing, self._roster.host_of(rank))})"
 
     def _saved(self) -> str:
         saved = [standing.saved_step for standing in self._standings() if standing.saved_step is not None]
@@ -413,9 +387,8 @@ class Lead:
         return replace(word.end, report=report, at_nanoseconds=word.end.at_nanoseconds + shift)
 
     def _tell_all(self, order: Order) -> None:
-        for first_rank, agent in self._agents.items():
-            if not agent.lost:
-                self._post(first_rank, order)
+        for agent in self._roster.present():
+            self._post(agent, order)
 
     @staticmethod
     def _say(text: str) -> None:

@@ -335,6 +335,20 @@ def test_ctrl_c_once_saves_and_twice_kills(cluster: Cluster) -> None:
     assert [order for _, order in cluster.took(End)] == [End(grace_seconds=0.0)] * 2
     cluster.end_all(signal.SIGKILL)
     assert cluster.lead.verdict is not None and cluster.lead.verdict.exit_code == 130
+    attempt = read_attempts(cluster.run_dir)[-1]
+    assert (attempt.action, attempt.exit_code, attempt.reason) == ("stop", 130, "stopped by SIGINT")
+
+
+def test_what_an_agent_has_no_say_in_is_passed_over(cluster: Cluster) -> None:
+    cluster.trains()
+    cluster.lead.hear(0, Signalled(number=signal.SIGKILL))
+    cluster.lead.hear(0, Signalled(number=9999))
+    now = int(cluster.now * 1e9)
+    killed = RankEnd(3, None, 9, None, now)
+    cluster.lead.hear(0, Ended(generation=0, end=killed, now_nanoseconds=now))  # of a rank of the other agent
+    cluster.lead.hear(0, Beats(generation=0, standings=(Standing(3, True, 9, "saving", None, 1e9),)))
+    cluster.tick(5)
+    assert cluster.took(PassOn) == cluster.took(End) == cluster.took(Dump) == []
 
 
 def test_a_slow_rank_is_named(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
