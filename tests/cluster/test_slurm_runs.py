@@ -121,3 +121,20 @@ def test_shrinks_to_the_nodes_there_are_and_grows_back(
         assert there[step][0] == pytest.approx(loss, rel=2e-5)
     with open_last(run.run_dir) as one, open_last(alone) as other:
         assert one.state["samples"] == other.state["samples"]
+
+
+def test_stop_saves_and_nothing_comes_back(lab: SlurmLab, tmp_path: Path, corpus: Path) -> None:
+    run = SlurmRun(lab, tmp_path / "runs" / "stopped", corpus, {"train.steps": 5000})
+    first, second = run.submit("--chain", 2, "cluster.nodes=1", "cluster.gpus_per_node=1")
+    run.await_step(12)
+    said = run.gptdist("stop", run.run_dir).expect(0).out
+    assert f"cancelled job {second}, which waited" in said
+    status = run.status()
+    assert (status["state"], status["jobs"]) == ("stopped", [])
+    assert 12 <= status["step"] == status["saved_step"] == last_step(run.run_dir)
+    assert f"step {status['step']} is saved" in said
+    assert not (run.run_dir / "STOP").exists()
+    assert lab.job(first)["Restarts"] == "0"
+    shown = run.gptdist("logs", run.run_dir).expect(0).out
+    assert f"job-{first}-rank-0.out <==" in shown
+    assert f"Step {status['step']} is saved in" in shown
