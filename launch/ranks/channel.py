@@ -50,15 +50,18 @@ class Channel:
             del self._unsent[:sent]
         return True
 
-    def receive(self) -> list[bytes]:
-        """The whole lines that are there. Raises Closed once there are none left and no more can come."""
+    def receive(self, most: int | None = None) -> list[bytes]:
+        """The whole lines that are there, the first `most` of them; others stay for the next call, for which nothing
+        need arrive. Raises Closed once there are none left and no more can come."""
         self._read()
         *lines, self._received = self._received.split(b"\n")
         if max(map(len, (self._received, *lines))) > self.longest_line:
             raise Closed(f"it sent a line of more than {self.longest_line:,} bytes")
         if not lines and self._ended:
             raise Closed(self._ended)
-        return [bytes(line) for line in lines]
+        if most is not None:
+            self._received = bytearray(b"\n".join([*lines[most:], self._received]))
+        return [bytes(line) for line in lines[:most]]
 
     def _read(self) -> None:
         while not self._ended and len(self._received) <= self.longest_line:

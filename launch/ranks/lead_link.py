@@ -85,6 +85,7 @@ class LeadAway:
         self._turned_at = time.monotonic()
         self._silent_seconds = self._quiet_seconds = 0.0
         selector.register(channel.fileno(), selectors.EVENT_READ, self._hear)
+        self._hear()  # what came with the handshake's last line; the selector may have nothing to tell of it
 
     def say(self, word: Word) -> None:
         try:
@@ -168,7 +169,7 @@ def _await_line(channel: Channel) -> bytes:
         selector.register(channel.fileno(), selectors.EVENT_READ)
         while time.monotonic() < deadline:
             selector.select(0.1)
-            lines = channel.receive()
+            lines = channel.receive(most=1)  # orders may come in the same breath
             if lines:
                 return lines[0]
     raise Closed("nobody answers")

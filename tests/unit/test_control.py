@@ -1,7 +1,10 @@
 """The control channel: lines over a socket, and the handshake before them."""
 
 import json
+import selectors
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +17,9 @@ from gptdist.world import World
 from launch.outer import CONTROL_PORTS, find_allocation, find_place, find_world
 from launch.ranks.channel import Channel, Closed
 from launch.ranks.handshake import LONGEST_LINE, AgentsHandshake, LeadsHandshake, Refused
-from launch.ranks.messages import Hello
+from launch.ranks.lead_link import LeadAway, find_lead
+from launch.ranks.messages import Hello, Start, encode
+from launch.ranks.place import Place
 from tests.unit.test_rendezvous import places, srun_env
 
 HELLO = Hello(first_rank=2, ranks=2, host="node1", pid=7)
@@ -50,6 +55,19 @@ def test_lines_arrive_whole_however_they_were_cut(pair: tuple[Channel, socket.so
     assert lines == [b"one", b"two", b""]
     peer.sendall(b"ee\n")
     assert received(channel) == [b"three"]
+
+
+def test_lines_that_were_not_asked_for_stay(pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    peer.sendall(b"one\ntwo\n\nthree\nfo")
+    while not (lines := channel.receive(most=1)):
+        pass
+    assert lines == [b"one"]
+    peer.close()
+    assert channel.receive(most=2) == [b"two", b""]
+    assert channel.receive() == [b"three"]
+    with pytest.raises(Closed):
+        received(channel)
 
 
 def test_the_last_words_are_heard_before_the_end(pair: tuple[Channel, socket.socket]) -> None:
@@ -128,6 +146,35 @@ def test_those_who_do_not_are_refused(identity: str, key: bytes, why: str) -> No
     agents.introduce(leads.greeting())
     with pytest.raises(Refused, match=why):
         agents.check(leads.refuse(str(refused.value)))
+
+
+def test_an_order_in_the_same_breath_as_the_answer_is_heard() -> None:
+    """The last agent to come is the one that all waited for: its orders are right behind."""
+    order = Start(generation=0, master_address="127.0.0.1", master_port=1234)
+
+    def lead(listener: socket.socket) -> None:
+        handshake = LeadsHandshake("local", b"key")
+        with listener.accept()[0] as agent, agent.makefile("rb") as said:
+            agent.sendall(handshake.greeting())
+            _, answer = handshake.check(said.readline())
+            agent.sendall(answer + encode(order))
+            said.read()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, selectors.DefaultSelector() as selector:
+        answering = threading.Thread(target=lead, args=(listener,))
+        answering.start()
+        port = listener.getsockname()[1]
+        place = Place(world_size=4, first_rank=2, local_ranks=2, lead_ports=(port,), identity="local")
+        link = LeadAway(selector, find_lead(place, HELLO, lambda: b"key", 5.0), "lead")
+        orders = link.turn()
+        deadline = time.monotonic() + 5
+        while not orders and time.monotonic() < deadline:
+            for key, _ in selector.select(0.1):
+                key.data()
+            orders = link.turn()
+        link.close()
+        answering.join()
+    assert orders == [order]
 
 
 def test_a_lead_without_the_key_is_none() -> None:
