@@ -6,7 +6,7 @@ Each is a function that strikes a run and tells how it was noticed, or raises Un
 import signal
 from collections.abc import Callable
 
-from gptdist.errors import EXIT_DO_NOT_REQUEUE, EXIT_DONE, EXIT_FAILED
+from gptdist.errors import EXIT_DO_NOT_REQUEUE, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
 from launch.drills.rank_faults import Strike
 from launch.drills.small_run import SAVE_INTERVAL
 from launch.drills.stage import COMPUTING, DEATH_SECONDS, Noticed, Stage, Unexpected
@@ -69,12 +69,29 @@ def kill_again(stage: Stage) -> Noticed:
 
 def kill_launcher(stage: Stage) -> Noticed:
     """Nobody is left to say anything: that nothing runs on is all there is to notice."""
-    ended = stage.start(Strike("kill launcher", (stage.other_rank(),), stage.step(), COMPUTING))
+    stage.start(Strike("kill launcher", (stage.other_rank(),), stage.step(), COMPUTING))
     stage.expect_code(-signal.SIGKILL)
-    after = stage.seconds_since_struck(ended.gone_at_nanoseconds)
-    if after > DEATH_SECONDS:
-        raise Unexpected(f"its ranks were gone only after {after:.1f} s")
-    return Noticed("no process of the run is left", after)
+    return Noticed("no process of the run is left", _gone_after(stage))
+
+
+def kill_agent(stage: Stage) -> Noticed:
+    """One of two, as on two machines. Without a scheduler nobody can give the run another machine: it ends."""
+    stage.machines, last = 2, stage.run.ranks - 1
+    stage.start(Strike("kill launcher", (last,), stage.step(), COMPUTING))
+    stage.expect_code(-signal.SIGKILL, machine=1)
+    stage.expect_code(EXIT_RESUMABLE)
+    _gone_after(stage)
+    return stage.expect_said(rf"lost {{host}} with ranks? .*{last}", DEATH_SECONDS)
+
+
+def kill_lead(stage: Stage) -> Noticed:
+    """The agent that decides for all."""
+    stage.machines = 2
+    stage.start(Strike("kill launcher", (0,), stage.step(), COMPUTING))
+    stage.expect_code(-signal.SIGKILL)
+    stage.expect_code(EXIT_FAILED, machine=1)
+    _gone_after(stage)
+    return stage.expect_said("lost the agent on .* that leads the run", DEATH_SECONDS, machine=1)
 
 
 def crash_loop(stage: Stage) -> Noticed:
@@ -84,6 +101,14 @@ def crash_loop(stage: Stage) -> Noticed:
     stage.expect_code(EXIT_DO_NOT_REQUEUE)
     stage.expect_said(rf"error: \[rank {rank}\] RuntimeError: drilled.*{_at(step, COMPUTING)}")
     return stage.expect_said(r"3 restarts in a row saved no step")
+
+
+def _gone_after(stage: Stage) -> float:
+    """How long after the strike the last process was gone; not too long."""
+    after = stage.seconds_since_struck(max(ended.gone_at_nanoseconds for ended in stage.ends))
+    if after > 2 * DEATH_SECONDS:
+        raise Unexpected(f"its processes were gone only after {after:.1f} s")
+    return after
 
 
 def _at(step: int, phase: str) -> str:

@@ -25,10 +25,12 @@ from launch.drills.dying_ranks import (
     crash_loop,
     dies,
     kill_again,
+    kill_agent,
     kill_all,
     kill_at_start,
     kill_in_save,
     kill_launcher,
+    kill_lead,
     kill_rank_0,
 )
 from launch.drills.same_run import Reference
@@ -63,6 +65,8 @@ FAULTS: dict[str, RunFault] = {
     "kill-rank-0": RunFault("kill -9 of rank 0", kill_rank_0),
     "kill-all-ranks": RunFault("kill -9 of all ranks", kill_all),
     "kill-launcher": RunFault("kill -9 of the launcher, which watches its ranks", kill_launcher),
+    "kill-agent": RunFault("kill -9 of the agent of a second machine", kill_agent),
+    "kill-lead": RunFault("kill -9 of the agent that leads two machines", kill_lead),
     "kill-in-save": RunFault("kill -9 of a rank while all save", kill_in_save),
     "kill-at-start": RunFault("kill -9 of a rank before its first step", kill_at_start),
     "kill-again": RunFault("kill -9 of a rank, and of another while ranks start again", kill_again),

@@ -20,7 +20,7 @@ from typing import Any
 
 from gptdist.config.load import load_run
 from gptdist.config.sections import RunConfig
-from launch.drills.rank_faults import Strike, write_plan
+from launch.drills.rank_faults import write_plan
 
 # Many small documents, each a chunk of its own, so that some are first read late in the run.
 LARGEST_SOURCE_BYTES = 16_000
@@ -63,6 +63,7 @@ class Command:
     def __init__(self, words: Sequence[str]) -> None:
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # bitwise, and on any machine
         self.lines: list[Line] = []
+        self._silent_at = 0
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -92,7 +93,7 @@ class Command:
         if code is not None:
             self._listener.join(GONE_SECONDS)
         orphans = self._listener.is_alive()
-        gone_at = time.monotonic_ns()
+        gone_at = time.monotonic_ns() if orphans or code is None else self._silent_at
         if code is None or orphans:
             self.kill_all()
         return Ended(code, tuple(self.lines), orphans and code is not None, gone_at)
@@ -109,6 +110,7 @@ class Command:
         with self._process.stdout as said:
             for text in said:
                 self.lines.append(Line(time.monotonic_ns(), text.rstrip("\n")))
+        self._silent_at = time.monotonic_ns()
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Ended:
         """The first line with a match of a regular expression."""
         return next((line for line in self.lines if re.search(pattern, line.text)), None)
 
-    def end(self, count: int = 12) -> str:
+    def end(self, count: int = 30) -> str:
         """The last lines, to show."""
         return "\n".join(line.text for line in self.lines[-count:])
 
@@ -154,8 +156,9 @@ class SmallRun:
         return Path(self.settings.get("checkpoint.dir", self.run_dir / "checkpoints"))
 
     def prepare(self) -> None:
-        """Its folders and its config."""
+        """Its folders, its config, and a plan that nothing strikes."""
         self.record_dir.mkdir(parents=True)
+        write_plan(self.record_dir, [])
         values = {
             **_RUN,
             "train.steps": self.steps,
@@ -170,11 +173,16 @@ class SmallRun:
             sections.setdefault(section, {})[key] = value
         self._config_path.write_text(json.dumps(sections, indent=1))  # JSON is YAML
 
-    def start(self, strikes: Sequence[Strike] = ()) -> Command:
-        """The command, again or for the first time; its ranks are struck as planned."""
-        write_plan(self.record_dir, strikes)
-        train = ("train", str(self._config_path), "--nproc", str(self.ranks))
-        return Command((sys.executable, "-m", "launch.drills.job", str(self.record_dir), *train))
+    def start(self, machine: int = 0, machines: int = 1) -> Command:
+        """The command, again or for the first time; its ranks are struck by the plan in `record_dir`.
+
+        With several `machines`, which all are this one, each has its part of the ranks and an agent of its own.
+        """
+        words = ["train", str(self._config_path), "--nproc", str(self.ranks // machines)]
+        if machines > 1:
+            addresses = ",".join(f"127.0.0.{1 + number}" for number in range(machines))
+            words += ["--hosts", addresses, "--node", str(machine)]
+        return Command((sys.executable, "-m", "launch.drills.job", str(self.record_dir), *words))
 
     def config(self) -> RunConfig:
         """As the command reads it."""

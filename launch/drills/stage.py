@@ -14,7 +14,7 @@ from typing import Any
 
 from gptdist.errors import EXIT_DONE, GptdistError
 from launch.drills.certificate import Finding
-from launch.drills.rank_faults import Strike, read_struck
+from launch.drills.rank_faults import Strike, read_struck, write_plan
 from launch.drills.same_run import Reference, steps_lost
 from launch.drills.small_run import Ended, SmallRun
 
@@ -41,13 +41,17 @@ class Noticed:
 
 @dataclass
 class Stage:
-    """`folder`: of this fault alone. What is drawn depends on the seed and the fault, and on nothing else."""
+    """`folder`: of this fault alone. What is drawn depends on the seed and the fault, and on nothing else.
+
+    `ends`: how the commands ended that ran last, one for each of `machines`.
+    """
 
     folder: Path
     reference: Reference
     draw: random.Random
     run: SmallRun = field(init=False)
-    ended: Ended | None = None
+    machines: int = 1
+    ends: tuple[Ended, ...] = ()
     _proven: bool = False
 
     def __post_init__(self) -> None:
@@ -67,30 +71,31 @@ class Stage:
         """To strike in."""
         return self.draw.randint(EARLIEST, LATEST)
 
-    def start(self, *strikes: Strike) -> Ended:
+    def start(self, *strikes: Strike) -> None:
         """The command for the first time, to its end."""
         self.run.prepare()
-        return self._to_its_end(strikes)
+        self._to_its_end(strikes)
 
-    def expect_code(self, code: int) -> Ended:
+    def expect_code(self, code: int, machine: int = 0) -> None:
         """Of the command that ran last; and that nothing of it is left."""
-        assert self.ended is not None
-        if self.ended.code is None:
-            raise Unexpected(f"the command did not end in {LIMIT_SECONDS:.0f} s:\n{self.ended.end()}")
-        if self.ended.orphans:
+        ended = self.ends[machine]
+        if ended.code is None:
+            raise Unexpected(f"the command did not end in {LIMIT_SECONDS:.0f} s:\n{self._last_words()}")
+        if ended.orphans:
             raise Unexpected("processes of the command outlived it")
-        if self.ended.code != code:
-            raise Unexpected(f"the command ended with {self.ended.code}, not {code}:\n{self.ended.end()}")
-        return self.ended
+        if ended.code != code:
+            raise Unexpected(f"the command ended with {ended.code}, not {code}:\n{self._last_words()}")
 
-    def expect_said(self, pattern: str, within_seconds: float | None = None, strike: int = 0) -> Noticed:
+    def expect_said(
+        self, pattern: str, within_seconds: float | None = None, *, strike: int = 0, machine: int = 0
+    ) -> Noticed:
         """A line with the pattern, in which `{host}` is this machine; within so many seconds after a strike, counted
         from 0 in their order."""
-        assert self.ended is not None
+        ended = self.ends[machine]
         pattern = pattern.replace("{host}", re.escape(socket.gethostname()))
-        line = self.ended.find(pattern)
+        line = ended.find(pattern)
         if line is None:
-            raise Unexpected(f"nobody said {pattern!r}:\n{self.ended.end(30)}")
+            raise Unexpected(f"nobody said {pattern!r}:\n{self._last_words()}")
         after = self.seconds_since_struck(line.at_nanoseconds, strike) if self._has_struck(strike) else None
         if within_seconds is not None and (after is None or not 0 <= after <= within_seconds):
             raise Unexpected(f"it was to be said within {within_seconds:g} s, not {after}: {line.text}")
@@ -107,11 +112,11 @@ class Stage:
 
         `same_state`: all that was trained is to be the same, and not the samples alone.
         """
-        assert self.ended is not None
         self._proven = True
-        if self.ended.code != EXIT_DONE:
+        if any(ended.code != EXIT_DONE for ended in self.ends):
             self._to_its_end(())
-            self.expect_code(EXIT_DONE)
+            for machine in range(self.machines):
+                self.expect_code(EXIT_DONE, machine)
         problem = self.reference.problem(self.run) if same_state else self.reference.samples_problem(self.run)
         if problem:
             raise Unexpected(problem)
@@ -136,9 +141,13 @@ class Stage:
             steps_lost=steps_lost(self.run),
         )
 
+    def _last_words(self) -> str:
+        return "\n--\n".join(ended.end() for ended in self.ends)
+
     def _has_struck(self, strike: int) -> bool:
         return strike < len(read_struck(self.run.record_dir))
 
-    def _to_its_end(self, strikes: Sequence[Strike]) -> Ended:
-        self.ended = self.run.start(strikes).wait(LIMIT_SECONDS)
-        return self.ended
+    def _to_its_end(self, strikes: Sequence[Strike]) -> None:
+        write_plan(self.run.record_dir, strikes)
+        commands = [self.run.start(machine, self.machines) for machine in range(self.machines)]
+        self.ends = tuple(command.wait(LIMIT_SECONDS) for command in commands)
