@@ -232,20 +232,22 @@ def test_a_worker_that_is_killed_is_named_and_nobody_is_left(sources: Path, tmp_
     finished(start([*arguments(sources, tmp_path / "c"), "--workers", "2"]))
 
 
-def busy_for(seconds: float) -> None:
+def busy_for(seconds: float, begun: str) -> None:
+    Path(begun).touch()
     time.sleep(seconds)
 
 
 def test_workers_end_in_the_middle_of_a_task_when_their_caller_is_killed(tmp_path: Path) -> None:
     """Else they would go on to write into a folder that may be another build's by then."""
     program = tmp_path / "caller.py"
+    begun = [tmp_path / "first", tmp_path / "second"]
     program.write_text(
         "from data_tools.building.team import LocalTeam\n"
         "from tests.dist.test_data_parallel import busy_for\n"
         "if __name__ == '__main__':\n"
         "    team = LocalTeam(2)\n"
         "    team.while_waiting = lambda: print(*[one.pid for one in team._members.values()], flush=True)\n"
-        "    list(team.run(busy_for, [(60.0,), (60.0,)]))\n"
+        f"    list(team.run(busy_for, [(60.0, {str(begun[0])!r}), (60.0, {str(begun[1])!r})]))\n"
     )
     caller = subprocess.Popen(
         [sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
@@ -253,13 +255,16 @@ def test_workers_end_in_the_middle_of_a_task_when_their_caller_is_killed(tmp_pat
     assert caller.stdout is not None
     workers = [int(word) for word in caller.stdout.readline().split()]
     assert len(workers) == 2
-    time.sleep(1)  # they have begun
+    deadline = time.monotonic() + 60
+    while not all(mark.exists() for mark in begun) and time.monotonic() < deadline:
+        time.sleep(0.02)
     caller.kill()
     caller.stdout.close()  # not `communicate`, which would wait for workers that still have the other end
     caller.wait()
     deadline = time.monotonic() + 10
     while any("forkserver" in command_of(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert all(mark.exists() for mark in begun)
     assert not [pid for pid in workers if "forkserver" in command_of(pid)]
 
 
