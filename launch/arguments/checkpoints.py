@@ -42,6 +42,7 @@ def add_drill(parser: Parser, commands: Any) -> None:
     drill.add_argument("--ranks", type=positive, default=2, metavar="N", help="ranks that train (default: 2)")
     drill.add_argument("--faults", type=words, metavar="NAME,...", help="only these; docs/drills.md lists all")
     drill.add_argument("--soak", type=positive, metavar="N", help="instead, kill any process at any moment, N times")
+    drill.add_argument("--lab", action="store_true", help="instead, faults of nodes, on a Slurm that boots here")
     subcommands = drill.add_subparsers(metavar="COMMAND", dest="second_word")
     checkpoint = add_command(drill, subcommands, "checkpoint", "kill, starve and damage saves and checkpoints")
     checkpoint.add_argument("--ranks", type=positive, default=2, metavar="N", help="ranks that save (default: 2)")

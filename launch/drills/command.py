@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gptdist.durable import write_durably
-from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, StorageError
+from gptdist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LaunchError, StorageError
 from launch.drills.certificate import Finding, all_passed, certificate_record, render_certificate
 from launch.drills.checkpoint_damage import damage
 from launch.drills.checkpoint_saves import PRELOAD, disk_faults, kill_at_random, kill_in_each_phase, slow_rank
@@ -24,20 +24,28 @@ PLAIN_WIDTH = 160
 
 def run(args: argparse.Namespace) -> int:
     """Train a small model while faults strike; exit 1 where one did not end as the untouched run does."""
+    from launch.drills.lab_faults import LAB_FAULTS, drill_lab
+    from launch.drills.lab_stage import RANKS as LAB_RANKS
+    from launch.drills.lab_stage import lab_problem
     from launch.drills.run_faults import FAULTS, build_reference, drill_faults
     from launch.drills.soak import SOAK_STEPS, soak
 
-    unknown = sorted(set(args.faults or ()) - FAULTS.keys())
+    known = LAB_FAULTS if args.lab else FAULTS
+    unknown = sorted(set(args.faults or ()) - known.keys())
     if unknown:
-        raise ConfigError(f"there is no fault {', '.join(unknown)}. Faults: {', '.join(FAULTS)}.")
+        raise ConfigError(f"there is no fault {', '.join(unknown)}. Faults: {', '.join(known)}.")
+    problem = lab_problem() if args.lab else None
+    if problem:
+        raise LaunchError(f"there can be no lab here: {problem}.")
 
     def findings(work_dir: Path) -> Iterator[Finding]:
-        names = args.faults or ([] if args.soak else FAULTS)
-        if names:
-            yield from drill_faults(list(names), build_reference(work_dir, args.ranks), args.seed, work_dir)
+        names = list(args.faults or known)
         if args.soak:
-            reference = build_reference(work_dir / "soak", args.ranks, SOAK_STEPS, {})
-            yield soak(args.soak, reference, args.seed, work_dir / "soak")
+            yield soak(args.soak, build_reference(work_dir, args.ranks, SOAK_STEPS, {}), args.seed, work_dir)
+        elif args.lab:
+            yield from drill_lab(names, build_reference(work_dir, LAB_RANKS), args.seed, work_dir)
+        else:
+            yield from drill_faults(names, build_reference(work_dir, args.ranks), args.seed, work_dir)
 
     return _certify(findings, args)
 

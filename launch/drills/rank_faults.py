@@ -36,7 +36,8 @@ class Strike:
     reports do: after the last finished one).
 
     `step` 0: whichever. `generation`: only after so many restarts in place; None: whichever. `repeats`: each time, not
-    once for the run's folder. `path` and `offset`: of a file to fill or to damage; `seconds`: of a clock.
+    once for the run's folder. `path` and `offset`: of a file to fill or to damage. `seconds`: of a clock, or how much
+    longer a slow step takes, 0 for SLOWER times as long.
     """
 
     kind: str
@@ -116,6 +117,7 @@ class DrilledRank:
         self._next_step = 1
         self._own_seconds: list[float] = []
         self._slow_until = 0
+        self._slow_seconds = 0.0
         self.engine: Any = None
         record = {"global_rank": world.global_rank, "pid": os.getpid(), "parent": os.getppid()}
         append_whole(record_dir / RANKS_FILE, json.dumps(record).encode() + b"\n")
@@ -180,7 +182,7 @@ class DrilledRank:
 
     def _enter(self, phase: str) -> None:
         if self._next_step <= self._slow_until and phase == "forward and backward":
-            time.sleep(self.slow_seconds())
+            time.sleep(self._slow_seconds or self.slow_seconds())
         for number, strike in self._strikes:
             here = strike.phase == phase and strike.step in (0, self._next_step)
             mine = self._world.global_rank in strike.global_ranks
@@ -200,8 +202,9 @@ class DrilledRank:
 
     # -- for strikes -------------------------------------------------------------------------------------------------
 
-    def start_to_be_slow(self) -> None:
-        """From this step on, for a while."""
+    def start_to_be_slow(self, seconds: float) -> None:
+        """From this step on, for a while; by so many seconds, or, where that is 0, SLOWER times."""
+        self._slow_seconds = seconds
         self._slow_until = self._next_step + SLOW_STEPS
 
     def slow_seconds(self) -> float:
@@ -255,7 +258,7 @@ def _raise(strike: Strike, rank: DrilledRank) -> None:
 
 
 def _be_slow(strike: Strike, rank: DrilledRank) -> None:
-    rank.start_to_be_slow()
+    rank.start_to_be_slow(strike.seconds)
 
 
 def _skip_collective(strike: Strike, rank: DrilledRank) -> None:

@@ -147,6 +147,10 @@ class SmallRun:
         return self.folder / "run"
 
     @property
+    def config_path(self) -> Path:
+        return self.folder / "run.yaml"
+
+    @property
     def record_dir(self) -> Path:
         """What its ranks note."""
         return self.folder / "record"
@@ -171,14 +175,14 @@ class SmallRun:
         for name, value in values.items():
             section, _, key = name.partition(".")
             sections.setdefault(section, {})[key] = value
-        self._config_path.write_text(json.dumps(sections, indent=1))  # JSON is YAML
+        self.config_path.write_text(json.dumps(sections, indent=1))  # JSON is YAML
 
     def start(self, machine: int = 0, machines: int = 1) -> Command:
         """The command, again or for the first time; its ranks are struck by the plan in `record_dir`.
 
         With several `machines`, which all are this one, each has its part of the ranks and an agent of its own.
         """
-        words = ["train", str(self._config_path), "--nproc", str(self.ranks // machines)]
+        words = ["train", str(self.config_path), "--nproc", str(self.ranks // machines)]
         if machines > 1:
             addresses = ",".join(f"127.0.0.{1 + number}" for number in range(machines))
             words += ["--hosts", addresses, "--node", str(machine)]
@@ -186,11 +190,7 @@ class SmallRun:
 
     def config(self) -> RunConfig:
         """As the command reads it."""
-        return load_run(self._config_path).config
-
-    @property
-    def _config_path(self) -> Path:
-        return self.folder / "run.yaml"
+        return load_run(self.config_path).config
 
 
 def build_small_corpus(folder: Path) -> None:

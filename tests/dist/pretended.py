@@ -18,13 +18,13 @@ def announce(folder: str, name: str, text: str) -> None:
 
 
 def train(world: World, folder: str) -> int:
-    """Steps of 20 ms until `stop` is there, or a signal; `saved` every step."""
+    """Steps of 20 ms until `stop` is there, or a signal; `saved` every step. Announced once it has worked: a rank that
+    fails before is not started again."""
     caught: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: caught.append(number))
     heartbeat = Heartbeat.open(world.heartbeat_fd)
     heartbeat.resume(world.generation)
-    announce(folder, f"pid-{world.generation}-{world.global_rank}", str(os.getpid()))
     step = world.generation
     while not caught and not Path(folder, "stop").exists():
         step += 1
@@ -33,6 +33,8 @@ def train(world: World, folder: str) -> int:
         heartbeat.phase("logging")
         heartbeat.step_done(StepTimes(step, 0.02, 0.0, 0.02, 0.0))
         heartbeat.saved(world.generation + 1)
+        if step == world.generation + 1:
+            announce(folder, f"pid-{world.generation}-{world.global_rank}", str(os.getpid()))
     time.sleep(0.3)  # a second signal would still be seen
     heartbeat.phase("ending")
     announce(folder, f"caught-{world.global_rank}", json.dumps(caught))

@@ -14,6 +14,7 @@ from gptdist.checkpoint.folder import step_folders
 from gptdist.errors import ConfigError
 from launch.drills import run_faults
 from launch.drills.command import run as drill
+from launch.drills.lab_faults import LAB_FAULTS
 from launch.drills.rank_faults import STRIKES, Strike, Struck, read_trained, write_plan
 from launch.drills.run_faults import FAULTS, build_reference
 from launch.drills.same_run import Reference, steps_lost
@@ -36,7 +37,7 @@ def test_runs_survive_faults(reference: Reference, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(run_faults, "build_reference", lambda *_: reference)
     names, out = tuple(FAULTS) if is_full() else FAST, tmp_path / "certificate.json"
     work = tmp_path / "work"
-    args = argparse.Namespace(faults=names, soak=None, ranks=2, seed=5, work=work, out=out)
+    args = argparse.Namespace(faults=names, soak=None, lab=False, ranks=2, seed=5, work=work, out=out)
     code = drill(args)
     found = json.loads(out.read_text())
     assert code == 0 and found["passed"], [finding["verdict"] for finding in found["findings"]]
@@ -51,11 +52,13 @@ def test_runs_survive_faults(reference: Reference, tmp_path: Path, monkeypatch: 
 def test_there_are_enough_faults_and_all_are_written_down() -> None:
     told = Path("docs/drills.md").read_text()
     assert len(FAULTS) >= 24
-    assert [name for name in FAULTS if f"`{name}`" not in told] == []
+    assert [name for name in (*FAULTS, *LAB_FAULTS) if f"`{name}`" not in told] == []
 
 
 def test_an_unknown_fault_is_a_mistake(tmp_path: Path) -> None:
-    args = argparse.Namespace(faults=("kill-rank", "meteor"), soak=None, ranks=2, seed=5, work=tmp_path, out=None)
+    args = argparse.Namespace(
+        faults=("kill-rank", "meteor"), soak=None, lab=False, ranks=2, seed=5, work=tmp_path, out=None
+    )
     with pytest.raises(ConfigError, match=r"no fault meteor\. Faults: kill-rank, "):
         drill(args)
 
