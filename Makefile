@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 # Modules are compiled when first imported: compiling all of torch now would take longer than the rest of the install.
 PIP := $(BIN)/python -m pip install --no-input --disable-pip-version-check --prefer-binary --no-compile
 
+# Many tests wait for ranks, jobs and the clock: two files at a time take little more than half as long as one.
+TEST_PROCESSES := 2
+
 export CORPUS
 
 .PHONY: help quickstart test lint clean
@@ -29,7 +32,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/python -m launch.quickstart --corpus "$$CORPUS"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
