@@ -191,38 +191,53 @@ def _train(
             if comms.is_first:
                 print(f"nothing to do: train.steps ({config.train.steps}) are done. Raise it to go on.", flush=True)
             return EXIT_DONE
-        uploader = open_uploader(config, world)
-        resumed_from = Path(start.resumed_from) if start.resumed_from else None
-        saver = open_saver(config, world, resumed_from, uploader, clock.heartbeat)
-        if saver.background:
-            with comms.together():
-                saver.prepare(engine.fragments())
-        plain = _build_loader(config, layout, engine, data, progress)
-        allowed = config.data.max_unreadable_shards
-        loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
-        patience = config.launch.timeout  # after an error: a save that is being written is worth finishing
-        try:
-            with _sinks(config, comms, progress) as sinks:
-                loop = _build_loop(config, world, layout, engine, comms, data, loader, saver, progress, sinks)
-                stopped = loop.run()
-        except KeyboardInterrupt:
-            patience = 0.0  # the second Ctrl-C, which was promised to end the run at once
-            raise
-        finally:
-            clock.phase("ending")
-            saver.close(patience)
-            data.stop_fetching()  # the reading thread may be waiting for a shard
-            loader.close()
-        if comms.is_first:
-            where = checkpoints_dir(config)
-            end = f"stopped: {stopped}; run the same command to go on" if stopped else "done"
-            print(f"{end}. Step {progress.step} is saved in {where}", flush=True)
-        if uploader:
-            clock.phase("uploading")
-            uploader.close()
-        return EXIT_RESUMABLE if stopped else EXIT_DONE
+        return _steps(config, layout, world, comms, data, engine, start, clock)
     finally:
         engine.close()
+
+
+def _steps(
+    config: RunConfig,
+    layout: Layout,
+    world: World,
+    comms: Comms,
+    data: RunData,
+    engine: TrainEngine,
+    start: Start,
+    clock: StepClock,
+) -> int:
+    """From where the run begins to its end or a stop, with all that works beside the steps; returns the exit code."""
+    progress = start.progress
+    uploader = open_uploader(config, world)
+    resumed_from = Path(start.resumed_from) if start.resumed_from else None
+    saver = open_saver(config, world, resumed_from, uploader, clock.heartbeat)
+    if saver.background:
+        with comms.together():
+            saver.prepare(engine.fragments())
+    plain = _build_loader(config, layout, engine, data, progress)
+    allowed = config.data.max_unreadable_shards
+    loader = AgreeingLoader(plain, comms, allowed) if allowed else plain
+    patience = config.launch.timeout  # after an error: a save that is being written is worth finishing
+    try:
+        with _sinks(config, comms, progress) as sinks:
+            loop = _build_loop(config, world, layout, engine, comms, data, loader, saver, progress, sinks)
+            stopped = loop.run()
+    except KeyboardInterrupt:
+        patience = 0.0  # the second Ctrl-C, which was promised to end the run at once
+        raise
+    finally:
+        clock.phase("ending")
+        saver.close(patience)
+        data.stop_fetching()  # the reading thread may be waiting for a shard
+        loader.close()
+    if comms.is_first:
+        where = checkpoints_dir(config)
+        end = f"stopped: {stopped}; run the same command to go on" if stopped else "done"
+        print(f"{end}. Step {progress.step} is saved in {where}", flush=True)
+    if uploader:
+        clock.phase("uploading")
+        uploader.close()
+    return EXIT_RESUMABLE if stopped else EXIT_DONE
 
 
 def _check_before_writing(
