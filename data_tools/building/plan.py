@@ -19,7 +19,7 @@ from data_tools.sources.pieces import Piece, cut_pieces
 from gptdist.errors import CorpusError
 
 # Raised when the same sources and options come to give other bytes: older unfinished work is then of no use.
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 
 # A piece is what one task reads, a run what it holds in memory. Larger corpora take larger ones, so that shards, which
 # take a slice of every run, do not meet too many of them.

@@ -119,6 +119,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.size = 0
+        self._sent = 0
         self._file = path.open("wb", _WRITE_BYTES)
         self._sha256 = hashlib.sha256()
         self._chunks: list[Any] = []
@@ -131,6 +132,16 @@ class _HashedFile:
         self._chunks[-1].update(data)
         self._file.write(data)
         self.size += len(data)
+        self._start_writeback()
+
+    def _start_writeback(self) -> None:
+        """Let the disk begin with what is complete, while more is hashed: there is little left to wait for at the end.
+
+        The advice that it is not needed does that; pages which are not on the disk yet stay in memory.
+        """
+        if self.size - self._sent >= _WRITE_BYTES:
+            os.posix_fadvise(self._file.fileno(), self._sent, self.size - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self.size
 
     def drop(self) -> None:
         with suppress(OSError):  # what is not yet written may have no room either

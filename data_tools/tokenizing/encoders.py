@@ -5,8 +5,9 @@ depend on which one it was.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from data_tools.tokenizing.answers import ReferenceAnswers, ids_digest
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
-from data_tools.tokenizing.safe_cuts import can_be_cut, cut_parts
+from data_tools.tokenizing.safe_cuts import can_be_cut, cut_lines, cut_words
 from gptdist.data.tokenizer import CorpusTokenizer, refuse_surrogates
 
 # gigatoken knows a pattern by its spelling. What tiktoken's encodings have -> the spelling of the same split it knows.
@@ -91,18 +92,16 @@ class FastEncoder:
         apart = texts_with_new_characters(documents)
         if not apart:
             return self._encode(documents)
-        chosen = set(apart)
-        parts: list[bytes] = []
-        ends = np.empty(len(documents), dtype=np.int64)  # of each document, in parts
-        for index, document in enumerate(documents):
-            parts += cut_parts(document) if self._can_be_cut and index in chosen else [document]
-            ends[index] = len(parts)
-        apart = texts_with_new_characters(parts)
+        parts, ends = documents, np.arange(1, len(documents) + 1)
+        for cut in (cut_lines, cut_words) if self._can_be_cut else ():
+            parts, ends_of_parts = _cut_some(parts, apart, cut)
+            ends = ends_of_parts[ends - 1]
+            apart = texts_with_new_characters(parts)
         chosen = set(apart)
         together = self._encode([part for index, part in enumerate(parts) if index not in chosen])
         alone = self._tokenizer.encode_flat([parts[index].decode() for index in apart])
-        ids, part_ends = _merged(len(parts), apart, alone, together)
-        return ids, part_ends[ends - 1]
+        ids, ends_in_ids = _merged(len(parts), apart, alone, together)
+        return ids, ends_in_ids[ends - 1]
 
     def _encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         # An awkward array: its buffers are taken as they are, without a Python object for each document.
@@ -194,6 +193,15 @@ def _first_difference(tokenizer: CorpusTokenizer, candidate: FastEncoder, texts:
             if not np.array_equal(ours, theirs):
                 return _shown(text)
     return "a text, but not when asked again"
+
+
+def _cut_some(
+    texts: Sequence[bytes], which: Sequence[int], cut: Callable[[bytes], list[bytes]]
+) -> tuple[list[bytes], np.ndarray]:
+    """(all texts, those of `which` in the parts that `cut` makes; how many there are up to each text's end)."""
+    chosen = set(which)
+    parts = [cut(text) if index in chosen else [text] for index, text in enumerate(texts)]
+    return list(chain.from_iterable(parts)), np.cumsum([len(some) for some in parts], dtype=np.int64)
 
 
 def _merged(

@@ -9,7 +9,10 @@ from typing import Any
 
 # A line end between two visible characters of ASCII. The known patterns end a word after it: a line end cannot begin
 # one that goes on, and how white space is split depends on what follows it only where it is longer.
-_CUT = re.compile(rb"(?<=[!-~]\n)(?=[!-~])")
+_LINE_CUT = re.compile(rb"(?<=[!-~]\n)(?=[!-~])")
+# Before a single space between two visible characters of ASCII: what ends before white space takes none of it, and the
+# space begins what follows.
+_WORD_CUT = re.compile(rb"(?<=[!-~])(?= [!-~])")
 
 
 def can_be_cut(fields: dict[str, Any], patterns: Collection[str]) -> bool:
@@ -26,9 +29,14 @@ def can_be_cut(fields: dict[str, Any], patterns: Collection[str]) -> bool:
     return not last.get("use_regex", True) and len(before) == 1 and _is_split(before[0], patterns)
 
 
-def cut_parts(document: bytes) -> list[bytes]:
-    """The parts of a text in UTF-8; one where there is no place to cut."""
-    return _CUT.split(document)
+def cut_lines(document: bytes) -> list[bytes]:
+    """The parts of a text in UTF-8 that end with some of its lines; one where there is no place to cut."""
+    return _LINE_CUT.split(document)
+
+
+def cut_words(document: bytes) -> list[bytes]:
+    """The parts of a text in UTF-8 that begin with some of its spaces; one where there is no place to cut."""
+    return _WORD_CUT.split(document)
 
 
 def _is_split(step: dict[str, Any], patterns: Collection[str]) -> bool:

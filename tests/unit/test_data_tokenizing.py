@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from data_tools.tokenizing.encoders import KNOWN_SPELLINGS, FastEncoder, choose_
 from data_tools.tokenizing.hard_texts import hard_texts, of_vocabulary
 from data_tools.tokenizing.new_characters import texts_with_new_characters
 from data_tools.tokenizing.oniguruma import oniguruma_pattern
-from data_tools.tokenizing.safe_cuts import can_be_cut, cut_parts
+from data_tools.tokenizing.safe_cuts import can_be_cut, cut_lines, cut_words
 from data_tools.tokenizing.tiktoken_encoding import _tokenizer_json, check_same_ids, tokenizer_of_encoding
 from data_tools.tokenizing.tokenizers import check_sample, check_tokenizer, train_tokenizer
 from gptdist.data.tokenizer import BYTE_LETTERS, CorpusTokenizer
@@ -419,9 +419,14 @@ def test_both_libraries_agree_on_all_older_characters() -> None:
         assert rows(fast.encode_flat([newer, "z"])) == rows(tokenizer.encode_flat([newer, "z"]))
 
 
+@pytest.mark.parametrize("between, cut", [("\n", cut_lines), (" ", cut_words)])
 @pytest.mark.parametrize("name", ["r50k", "gpt2", "cl100k", "trained"])
 def test_words_are_the_same_on_both_sides_of_a_cut(
-    small: dict[str, CorpusTokenizer], trained: CorpusTokenizer, name: str
+    small: dict[str, CorpusTokenizer],
+    trained: CorpusTokenizer,
+    name: str,
+    between: str,
+    cut: Callable[[bytes], list[bytes]],
 ) -> None:
     """Around every cut, all surroundings of up to four characters of each kind."""
     fields = json.loads((trained if name == "trained" else small[name]).content)
@@ -433,8 +438,8 @@ def test_words_are_the_same_on_both_sides_of_a_cut(
     for left, right in itertools.product(
         lefts, ("a", "s ", "T!", "re", "a\n", "d1", "1", "12a", "'s", "' s", "!", "#a", "/\n", "!!\r")
     ):
-        text = left + "\n" + right
-        parts = [part.decode() for part in cut_parts(text.encode())]
+        text = left + between + right
+        parts = [part.decode() for part in cut(text.encode())]
         assert "".join(parts) == text
         if len(parts) > 1:
             cuts += 1
@@ -458,7 +463,7 @@ def test_only_what_splits_in_a_known_way_is_cut(small: dict[str, CorpusTokenizer
         assert not can_be_cut(fields | change, KNOWN_SPELLINGS)
 
 
-@given(texts=st.lists(TEXTS.map(lambda text: text + "!\nso \ua7cf\nto"), min_size=1, max_size=4))
+@given(texts=st.lists(TEXTS.map(lambda text: text + "!\nso \ua7cf or so\nto"), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
 def test_texts_of_which_a_part_is_new_have_the_ids_of_the_tokenizer(trained: CorpusTokenizer, texts: list[str]) -> None:
     given_texts = [texts[0].replace("\ua7cf", "e"), *texts, "", "a"]
