@@ -3,7 +3,8 @@
 Knows no launcher and reads no environment variable; the library is handed a `World`.
 """
 
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class World:
     `listen_fd`: on the first rank, a socket that already listens there (so that no one else can take the port between
     choosing it and using it); -1 where there is none yet. `heartbeat_fd`: memory for this rank's signs of life
     (`gptdist.monitor.heartbeat`); -1 where nobody reads them. `generation`: how often ranks were restarted in place.
+    `host`: the machine, by the name its scheduler knows where there is one.
     """
 
     global_rank: int = 0
@@ -26,6 +28,7 @@ class World:
     listen_fd: int = -1
     heartbeat_fd: int = -1
     generation: int = 0
+    host: str = field(default_factory=socket.gethostname)
 
     @property
     def is_one_node(self) -> bool:

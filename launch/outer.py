@@ -4,7 +4,7 @@ Holds the table of every launcher's variables. Pure: it is handed an environment
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptdist.errors import ConfigError, LaunchError
@@ -140,6 +140,7 @@ def find_place(env: Mapping[str, str], world: World, port: int, key_file: Path) 
         lead_ports=tuple(range(first, first + CONTROL_PORTS)),
         identity=f"{allocation.name}, step {step}, restart {allocation.restart}",
         key_file=key_file,
+        host=world.host,
     )
 
 
@@ -169,7 +170,10 @@ def _read_world(env: Mapping[str, str], launcher: Launcher, port: int) -> World:
             f"{', '.join((*launcher.global_rank, *launcher.world_size, *launcher.local_rank))} in the environment."
         )
     address, own_port = _meeting_point(env, launcher, world_size == local_world_size, port)
-    return World(global_rank, world_size, local_rank, local_world_size, node_rank, address, own_port, launcher.name)
+    world = World(global_rank, world_size, local_rank, local_world_size, node_rank, address, own_port, launcher.name)
+    # What the scheduler excludes is a name of its own for a node, which need not be the machine's.
+    node = env.get("SLURMD_NODENAME") if launcher.name == "srun" else None
+    return replace(world, host=node) if node else world
 
 
 def _meeting_point(env: Mapping[str, str], launcher: Launcher, one_node: bool, port: int) -> tuple[str, int]:

@@ -7,7 +7,6 @@ some milliseconds.
 import importlib.metadata
 import platform
 import re
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -57,7 +56,7 @@ def run_preflight(config: RunConfig, layout: Layout, comms: Comms, device: str) 
     report = RankReport(
         world.global_rank,
         world.node_rank,
-        socket.gethostname(),
+        world.host,
         device_name(device),
         seconds,
         versions(nodes),

@@ -1,6 +1,7 @@
 """Where an agent and its ranks stand among all of a run, and the allocation they are in. Pure."""
 
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,10 @@ class Place:
     """Where an agent stands among the agents of a run.
 
     It starts the global ranks from `first_rank` on, `local_ranks` of them, the first of which is `first_local_rank` of
-    its machine's `local_world_size`. `lead_ports` on `lead_host`: where the lead may listen; none where this is the
-    only agent. `identity` is what makes one start of one run different from all others; `key_file` holds a secret that
-    only its user knows, where there is one.
+    its machine's `local_world_size`; `host` is that machine, by the name its scheduler knows where there is one.
+    `lead_ports` on `lead_host`: where the lead may listen; none where this is the only agent. `identity` is what makes
+    one start of one run different from all others; `key_file` holds a secret that only its user knows, where there is
+    one.
     """
 
     world_size: int = 1
@@ -41,6 +43,7 @@ class Place:
     lead_ports: tuple[int, ...] = ()
     identity: str = ""
     key_file: Path | None = None
+    host: str = field(default_factory=socket.gethostname)
 
     @classmethod
     def alone(cls, nproc: int) -> "Place":
@@ -74,4 +77,5 @@ class Place:
             launcher=self.launcher,
             listen_fd=listen_fd,
             generation=start.generation,
+            host=self.host,
         )

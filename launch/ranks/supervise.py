@@ -94,4 +94,4 @@ def _read_key(place: Place) -> bytes:
 
 
 def _hello(place: Place) -> Hello:
-    return Hello(first_rank=place.first_rank, ranks=place.local_ranks, host=socket.gethostname()[:255], pid=os.getpid())
+    return Hello(first_rank=place.first_rank, ranks=place.local_ranks, host=place.host[:255], pid=os.getpid())

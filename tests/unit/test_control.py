@@ -20,6 +20,7 @@ from launch.ranks.handshake import LONGEST_LINE, AgentsHandshake, LeadsHandshake
 from launch.ranks.lead_link import LeadAway, find_lead
 from launch.ranks.messages import Hello, Start, encode
 from launch.ranks.place import Place
+from launch.ranks.supervise import _hello
 from tests.unit.test_rendezvous import places, srun_env
 
 HELLO = Hello(first_rank=2, ranks=2, host="node1", pid=7)
@@ -231,6 +232,18 @@ def test_each_task_of_a_step_is_an_agent() -> None:
         found.append(place)
     assert len({(place.lead_host, place.lead_ports, place.identity) for place in found}) == 1
     assert found[0].lead_host == "gpu03" and len(found[0].lead_ports) == CONTROL_PORTS
+
+
+def test_a_machine_goes_by_the_name_that_the_scheduler_excludes_it_by() -> None:
+    env = {**srun_env([1, 1], 1, 1, 0), "SLURMD_NODENAME": "gpu04"}
+    world = find_world(env)
+    assert world is not None and world.host == "gpu04"
+    place = find_place(env, world, 0, Path("key"))
+    assert place is not None and place.host == "gpu04"
+    assert place.world(0, Start(generation=0, master_address="gpu03", master_port=5000), -1).host == "gpu04"
+    assert _hello(place).host == "gpu04"
+    own = find_world({name: value for name, value in env.items() if name != "SLURMD_NODENAME"})
+    assert own is not None and own.host == socket.gethostname()
 
 
 def test_starts_of_a_job_are_told_apart() -> None:
