@@ -17,6 +17,9 @@ IN_A_STEP = frozenset({"forward and backward", "reducing gradients", "optimizer 
 """Phases that every step has, so that step times say how long they may take. Data may come from far away."""
 TRAINING = IN_A_STEP | {"waiting for data"}
 """Phases of a step."""
+WITH_FILES = frozenset({"loading", "saving"})
+"""Phases in which a rank that reads or writes moves, and in which the others wait for the slowest in no collective that
+could be seen: nobody hangs there while one of them moves."""
 MIDWAY = TRAINING | {"evaluating", "sampling text", "saving"}
 """Phases of a run that has begun and is not over."""
 LONGEST_SAVE_SECONDS = 3600.0
@@ -31,8 +34,8 @@ _OF_LONGEST = 3.0
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a rank stands, as its agent sees it. `still_seconds`: since it last moved, of the time that the agent
-    itself was awake; `stopped`: by a signal; `step`: the last one finished; `times`: of steps not yet told of."""
+    """Where a rank stands, as its agent sees it. `still_seconds`: since it last moved, in a phase with files also since
+    it last read or wrote, of the time that the agent itself was awake; `stopped`: by a signal; `step`: the last one finished; `times`: of steps not yet told of."""
 
     global_rank: int
     stopped: bool
@@ -108,7 +111,12 @@ def find_hang(standings: Sequence[Standing], patience: Patience) -> Hang | None:
     """Whether these ranks, all that still run, wait in vain."""
     culprits = find_culprits(standings)
     suspects = [standing for standing in standings if standing.global_rank in culprits] or standings
-    late = [standing for standing in suspects if standing.still_seconds > patience.seconds(standing)]
+    with_files = min((standing.still_seconds for standing in standings if _has_files(standing)), default=0.0)
+    late = [
+        standing
+        for standing in suspects
+        if (with_files if _has_files(standing) else standing.still_seconds) > patience.seconds(standing)
+    ]
     if not late:
         return None
     return Hang(tuple(standings), culprits, max(patience.seconds(standing) for standing in late))
@@ -132,6 +140,10 @@ def find_culprits(standings: Sequence[Standing]) -> tuple[int, ...]:
     behind = min(standing.step for standing in standings)
     last = _ranks(standing for standing in standings if standing.step == behind)
     return last if len(last) < len(standings) else ()
+
+
+def _has_files(standing: Standing) -> bool:
+    return standing.phase in WITH_FILES and not standing.stopped
 
 
 def _place(standing: Standing) -> tuple[int, str, str | None]:

@@ -16,10 +16,14 @@ from typing import Any
 from gptdist.monitor.heartbeat import Beat, Pulse, StepTimes, create_memory
 from gptdist.world import World
 from launch.ranks.forked_rank import RankFiles, Target, run_as_rank
-from launch.ranks.hang import MIDWAY, Standing
+from launch.ranks.hang import MIDWAY, WITH_FILES, Standing
+from launch.ranks.process_io import bytes_moved
 from launch.ranks.relay import LineRelay
 from launch.ranks.stacks import create_pad
 from launch.ranks.verdict import RankEnd, Report
+
+_WORTH_MENTIONING = 1 << 16
+"""A rank that only waits wakes its own threads up with a few bytes now and then."""
 
 
 @dataclass
@@ -35,7 +39,8 @@ class RankProcess:
     end: RankEnd | None = None
     _report: bytearray = field(default_factory=bytearray)
     _stopped: bool = False
-    _moved: tuple[int, int, bool] = (0, 0, False)
+    _moved: tuple[int, int, bool, int] = (0, 0, False, 0)
+    _bytes_moved: int = 0
     _still_seconds: float = 0.0
     _told: StepTimes | None = None
 
@@ -61,7 +66,9 @@ class RankProcess:
         """Where it stands. `awake_seconds`: of the time since the last look, how long the agent itself was awake; what
         stops a whole machine, or a job with its agents, hangs nobody."""
         beat = self.pulse.read()
-        moved = (beat.step, beat.beat_ns, self._stopped)
+        if beat.phase in WITH_FILES:
+            self._look_at_files()
+        moved = (beat.step, beat.beat_ns, self._stopped, self._bytes_moved)
         self._still_seconds = self._still_seconds + awake_seconds if moved == self._moved else 0.0
         self._moved = moved
         return Standing(
@@ -93,6 +100,11 @@ class RankProcess:
         self.pulse.close()
         os.close(self.report_fd)
         os.close(self.pad)
+
+    def _look_at_files(self) -> None:
+        found = bytes_moved(self.pid)
+        if found is not None and found - self._bytes_moved >= _WORTH_MENTIONING:
+            self._bytes_moved = found
 
     def _ended(self, code: int) -> RankEnd:
         self._read_report()

@@ -16,7 +16,8 @@ from gptdist.errors import UserError
 from gptdist.world import World
 from launch.cluster.time_limit import TimeLimit, find_end
 from launch.elastic import fit_layout
-from launch.ranks.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS, Patience
+from launch.ranks.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS, WITH_FILES, Patience
+from launch.ranks.process_io import bytes_moved
 from launch.ranks.lead import Supervision
 from launch.ranks.local import show_verdict
 from launch.ranks.place import Allocation, Place
@@ -84,6 +85,11 @@ def _supervise(place: Place, loaded: LoadedRun, allocation: Allocation, fresh: b
 
 
 def _longest_waits(config: RunConfig) -> dict[str, float]:
-    """Phases in which one rank, or all, may stand still for long: with whole checkpoints, or with a URL."""
-    loading = LONGEST_UPLOAD_SECONDS if config.checkpoint.upload else LONGEST_SAVE_SECONDS
-    return {"loading": loading, "saving": LONGEST_SAVE_SECONDS, "uploading": LONGEST_UPLOAD_SECONDS}
+    """Phases in which one rank, or all, may stand still for longer than launch.timeout: with a URL, or with a whole
+    checkpoint where reading and writing cannot be seen."""
+    waits = {"uploading": LONGEST_UPLOAD_SECONDS}
+    if config.checkpoint.upload:
+        waits["loading"] = LONGEST_UPLOAD_SECONDS
+    if bytes_moved(os.getpid()) is None:
+        waits = dict.fromkeys(WITH_FILES, LONGEST_SAVE_SECONDS) | waits
+    return waits

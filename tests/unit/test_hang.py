@@ -1,13 +1,19 @@
 """Who hangs, and for how long one may: grids of ranks and their places."""
 
 import itertools
+import os
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from gptdist.monitor.heartbeat import StepTimes
+from gptdist.monitor.heartbeat import Heartbeat, Pulse, StepTimes, create_memory
 from launch.ranks.failure_report import RankStack, hang_report, hang_sentence, rank_list
 from launch.ranks.hang import Patience, Standing, find_culprits, find_hang
+from launch.ranks.process_io import bytes_moved
+from launch.ranks.rank_process import RankProcess
 
 
 def stands(
@@ -111,6 +117,41 @@ def test_those_who_wait_are_as_patient_as_who_is_waited_for() -> None:
     assert hang is not None and (hang.culprits, hang.patience_seconds) == ((0,), 60.0)
     assert find_hang([stands(0, "forward and backward", None, still=59.0), *waiting], patience) is None
     assert find_hang([stands(0, still=61.0), *waiting], patience) is not None, "all in one collective"
+
+
+@pytest.mark.parametrize("phase", ["saving", "loading"])
+def test_nobody_hangs_where_files_are_read_or_written_while_one_rank_moves(phase: str) -> None:
+    patience = Patience(5.0, 600.0)
+    wait = [stands(rank, phase, None, still=2000.0) for rank in (0, 1)]
+    assert find_hang([*wait, stands(2, phase, None, still=1.0)], patience) is None
+    assert find_hang([*wait, stands(2, phase, None, still=601.0)], patience) is not None
+    assert find_hang([*wait, stands(2, still=1.0)], patience) is not None, "one that is elsewhere moves no file"
+    hang = find_hang([*wait, stands(2, phase, None, still=6.0, stopped=True)], patience)
+    assert hang is not None and hang.culprits == (2,)
+
+
+def test_a_rank_that_reads_or_writes_moves(tmp_path: Path) -> None:
+    memory = create_memory()
+    beats = Heartbeat.open(os.dup(memory))
+    with (
+        (tmp_path / "file").open("wb") as file,
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file) as writer,
+    ):
+        assert writer.stdin is not None
+        rank = RankProcess(0, writer.pid, -1, -1, [], Pulse(memory))
+        for phase, moves in (("saving", True), ("optimizer step", False), ("loading", True)):
+            beats.phase(phase)
+            rank.look(1.0)
+            assert rank.look(1.0).still_seconds == 1.0
+            assert rank.look(1.0).still_seconds == 2.0
+            before = bytes_moved(writer.pid)
+            assert before is not None
+            writer.stdin.write(bytes(1 << 20))
+            writer.stdin.flush()
+            while (bytes_moved(writer.pid) or 0) < before + (1 << 20):
+                time.sleep(0.01)
+            assert rank.look(1.0).still_seconds == (0.0 if moves else 3.0)
+    assert bytes_moved(writer.pid) is None, "it is gone"
 
 
 def test_the_report_names_everyone() -> None:
