@@ -35,7 +35,8 @@ _OF_LONGEST = 3.0
 @dataclass(frozen=True)
 class Standing:
     """Where a rank stands, as its agent sees it. `still_seconds`: since it last moved, in a phase with files also since
-    it last read or wrote, of the time that the agent itself was awake; `stopped`: by a signal; `step`: the last one finished; `times`: of steps not yet told of."""
+    it last read or wrote, of the time that the agent itself was awake; `stopped`: by a signal; `step`: the last one
+    finished; `times`: of steps not yet told of."""
 
     global_rank: int
     stopped: bool

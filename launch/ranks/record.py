@@ -28,6 +28,7 @@ class Record:
         self._run_dir = run_dir
         self._allocation = allocation
         self._can_restart = can_restart
+        self._fresh = fresh
         self._warned = False
         earlier = self._read()
         same = [attempt for attempt in earlier if attempt.allocation == allocation.name]
@@ -45,6 +46,7 @@ class Record:
 
     def start(self, generation: int, hosts: Sequence[str], ranks: int) -> None:
         """All ranks start."""
+        fresh = self._fresh and self._current is None
         if self._current is not None:
             self._attempts.append(self._current)
         self._current = Attempt(
@@ -55,6 +57,7 @@ class Record:
             ranks,
             time.time(),
             start_step=max((attempt.saved_step or attempt.start_step for attempt in self._attempts), default=0),
+            fresh=fresh,
         )
         self._written = False
         if generation > 0 or self._allocation.can_requeue:

@@ -4,6 +4,7 @@ The one way in which ranks are started. Knows which parts an agent is made of; e
 """
 
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -24,6 +25,9 @@ from launch.ranks.verdict import EXIT_INTERRUPTED, Verdict
 from launch.ranks.warm import Stopped, catch_signals, environment, threads_of_a_rank
 from launch.ranks.warm import preload as preload_modules
 from launch.rendezvous import LOOPBACK, open_listener
+
+_OWN_DESCRIPTORS = 1024
+"""More than a lead needs besides its connections."""
 
 
 def run_agent(
@@ -70,7 +74,17 @@ def run_agent(
 
 def _receive(place: Place, selector: selectors.BaseSelector, lead: Lead) -> Reception:
     key = _read_key(place)
+    _allow_connections(place.world_size)
     return Reception(selector, _listen(place), lead, lambda: LeadsHandshake(place.identity, key))
+
+
+def _allow_connections(agents: int) -> None:
+    """So many open at once, as far as this user may: the usual limit of 1024 is one that any process may raise."""
+    wanted = agents + _OWN_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(place: Place) -> socket.socket:

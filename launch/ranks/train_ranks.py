@@ -17,10 +17,10 @@ from gptdist.world import World
 from launch.cluster.time_limit import TimeLimit, find_end
 from launch.elastic import fit_layout
 from launch.ranks.hang import LONGEST_SAVE_SECONDS, LONGEST_UPLOAD_SECONDS, WITH_FILES, Patience
-from launch.ranks.process_io import bytes_moved
 from launch.ranks.lead import Supervision
 from launch.ranks.local import show_verdict
 from launch.ranks.place import Allocation, Place
+from launch.ranks.process_io import bytes_moved
 from launch.ranks.record import Record
 from launch.ranks.run_lock import hold_run
 from launch.ranks.slow_ranks import SlowRanks, rank_loads

@@ -26,7 +26,8 @@ class Attempt:
     """One start of all ranks, and how it ended. Without an end it still runs, or was killed without a word.
 
     `allocation`: `slurm 123` or `local`; `restart`: how often Slurm had requeued that job; `generation`: how often the
-    ranks were restarted in place before. The three together name an attempt. Times are seconds since the epoch.
+    ranks were restarted in place before. The three together name an attempt. `fresh`: the run began anew with it, so
+    that none before it counts. Times are seconds since the epoch.
     """
 
     allocation: str
@@ -44,6 +45,7 @@ class Attempt:
     culprits: tuple[str, ...] = ()  # hosts
     exit_code: int | None = None
     action: str | None = None  # restart in place, requeue, stop, done
+    fresh: bool = False
 
     @property
     def name(self) -> tuple[str, int, int]:
@@ -75,7 +77,7 @@ def note(run_dir: Path, kind: str, text: str) -> None:
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All attempts in the order in which they began; none where nothing was recorded.
+    """The run's attempts in the order in which they began; none where nothing was recorded.
 
     A line that a kill or a power cut left torn is passed over, as is one that is no record. Raises StorageError where
     the file is there and cannot be read.
@@ -83,8 +85,11 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     attempts: dict[tuple[str, int, int], Attempt] = {}
     for record in _records(run_dir):
         attempt = _attempt(record)
-        if attempt is not None:
-            attempts[attempt.name] = attempt  # the place of its beginning, the content of its end
+        if attempt is None:
+            continue
+        if attempt.fresh and record["event"] == "begin":
+            attempts.clear()
+        attempts[attempt.name] = attempt  # the place of its beginning, the content of its end
     return list(attempts.values())
 
 

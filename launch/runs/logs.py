@@ -10,12 +10,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.errors import EXIT_DONE, LaunchError
+from gptdist.errors import EXIT_DONE, LaunchError, SlurmUnavailable
+from launch.cluster.slurm_queue import read_queue
 from launch.runs.attempts import read_attempts
 from launch.runs.run_files import read_run
+from launch.runs.run_status import jobs_of
 
 LOGS_DIR = "logs"
 POLL_SECONDS = 0.5
+QUEUE_SECONDS = 10.0
+"""A run that has ended is looked for in the queue so often: it may have been submitted again."""
 _NAME = re.compile(r"job-(?P<job>\d+)(-rank-(?P<rank>\d+))?\.out")
 _CHUNK = 1 << 20
 
@@ -37,12 +41,17 @@ def main(args: argparse.Namespace) -> int:
     """Print what one rank wrote, or rank 0 and the script; with --follow, until the run is over."""
     run_dir: Path = args.run
     read_run(run_dir)
+    queued_until = 0.0
     if not log_files(run_dir, args.rank):
         raise LaunchError(_nothing(run_dir, args.rank))
     shown: dict[Path, int] = {}
     last: Path | None = None
     while True:
         over = _is_over(run_dir)  # before reading: what was written before the end is then shown
+        if args.follow and over:
+            if time.monotonic() >= queued_until and _is_queued(run_dir):
+                queued_until = time.monotonic() + QUEUE_SECONDS
+            over = time.monotonic() >= queued_until
         for file in log_files(run_dir, args.rank):
             last = _print_new(file.path, shown, last)
         if not args.follow or over:
@@ -87,6 +96,17 @@ def _print_new(path: Path, shown: dict[Path, int], last: Path | None) -> Path | 
 def _is_over(run_dir: Path) -> bool:
     attempts = read_attempts(run_dir)
     return bool(attempts) and attempts[-1].action in ("done", "stop")
+
+
+def _is_queued(run_dir: Path) -> bool:
+    """Whether another job of the run waits or runs, or its last one once more, so that there is more to come."""
+    files = read_run(run_dir)
+    last = files.attempts[-1].allocation if files.attempts else None
+    try:
+        jobs = jobs_of(files, read_queue(str(run_dir.stat().st_uid)) or ())
+    except SlurmUnavailable:
+        return False
+    return any(job.waits or f"slurm {job.id}" != last for job in jobs)
 
 
 def _nothing(run_dir: Path, global_rank: int | None) -> str:

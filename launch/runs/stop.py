@@ -20,6 +20,8 @@ from launch.runs.run_status import build_status, jobs_of
 from launch.cluster.slurm_queue import QueuedJob, cancel, read_queue
 
 POLL_SECONDS = 1.0
+QUEUE_SECONDS = 10.0
+"""The queue is asked so often, and at once when the run's files say that it has ended: a controller has other users."""
 CANCEL_SECONDS = 60.0
 """A cancelled job gets its time to end; Slurm kills what is left after its KillWait, 30 s by default."""
 
@@ -68,6 +70,7 @@ def _await_end(run_dir: Path, before: RunFiles, patience: float) -> bool:
     """Whether the run ended. Once it has answered, its save may take as long as it needs."""
     deadline = time.monotonic() + patience
     answered = False
+    next_look = 0.0
     while time.monotonic() < deadline or answered:
         time.sleep(POLL_SECONDS)
         taken = not os.path.lexists(run_dir / STOP_FILE)
@@ -75,11 +78,15 @@ def _await_end(run_dir: Path, before: RunFiles, patience: float) -> bool:
             answered = True
             print("it has answered, and saves", flush=True)
         attempts = read_attempts(run_dir)
+        over = _has_ended(attempts) or (taken and not attempts)
+        if not over and time.monotonic() < next_look:
+            continue
+        next_look = time.monotonic() + QUEUE_SECONDS
         jobs = _jobs(run_dir, before)
         _cancel_waiting(jobs)  # preempted in the middle of it: it must not come back
         if any(not job.waits for job in jobs):
             continue
-        if _has_ended(attempts) or (taken and not attempts):
+        if over:
             (run_dir / STOP_FILE).unlink(missing_ok=True)  # it ended before it saw the file
             last = attempts[-1] if attempts else None
             print(f"ended: {last.reason}" if last and last.reason else "ended", flush=True)

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptdist.errors import StorageError
+from launch.ranks.place import Allocation
+from launch.ranks.record import Record
 from launch.runs import attempts
 from launch.runs.attempts import ATTEMPTS_FILE, Attempt, begin, end, note, read_attempts, read_notes
 
@@ -46,6 +48,31 @@ def test_an_attempt_that_was_killed_without_a_word_has_no_end(tmp_path: Path) ->
     first, second = read_attempts(tmp_path)
     assert (first.ended, first.action) == (None, None)
     assert (second.ended, second.action) == (3.0, "done")
+
+
+def test_a_run_that_began_anew_has_no_attempts_before_that(tmp_path: Path) -> None:
+    begin(tmp_path, FIRST)
+    end(tmp_path, ENDED)
+    anew = replace(FIRST, allocation="local", began=2000.0, fresh=True)
+    begin(tmp_path, anew)
+    assert read_attempts(tmp_path) == [anew]
+    again = replace(anew, generation=1, fresh=False)
+    begin(tmp_path, again)
+    begin(tmp_path, again)
+    end(tmp_path, replace(anew, ended=2100.0))
+    assert read_attempts(tmp_path) == [replace(anew, ended=2100.0), again]
+
+
+def test_the_first_attempt_of_a_run_that_begins_anew_says_so(tmp_path: Path) -> None:
+    end(tmp_path, replace(ENDED, allocation="local"))
+    record = Record(tmp_path, Allocation(), can_restart=True, fresh=True)
+    for generation in (0, 1):
+        record.start(generation, ["node1"], 2)
+        record.began(0)
+    found = read_attempts(tmp_path)
+    assert [(attempt.restart, attempt.generation, attempt.fresh) for attempt in found] == [(1, 0, True), (1, 1, False)]
+    Record(tmp_path, Allocation(), can_restart=True, fresh=False).start(1, ["node1"], 2)
+    assert [attempt.restart for attempt in read_attempts(tmp_path)] == [1, 1, 2]
 
 
 def test_notes_stand_between(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The control channel: lines over a socket, and the handshake before them."""
 
 import json
+import resource
 import selectors
 import socket
 import threading
@@ -20,7 +21,7 @@ from launch.ranks.handshake import LONGEST_LINE, AgentsHandshake, LeadsHandshake
 from launch.ranks.lead_link import LeadAway, find_lead
 from launch.ranks.messages import Hello, Start, encode
 from launch.ranks.place import Place
-from launch.ranks.supervise import _hello
+from launch.ranks.supervise import _allow_connections, _hello
 from tests.unit.test_rendezvous import places, srun_env
 
 HELLO = Hello(first_rank=2, ranks=2, host="node1", pid=7)
@@ -244,6 +245,18 @@ def test_a_machine_goes_by_the_name_that_the_scheduler_excludes_it_by() -> None:
     assert _hello(place).host == "gpu04"
     own = find_world({name: value for name, value in env.items() if name != "SLURMD_NODENAME"})
     assert own is not None and own.host == socket.gethostname()
+
+
+def test_a_lead_of_thousands_may_open_a_connection_to_each() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        _allow_connections(2000)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(3024, limits[1]), limits[1])
+        _allow_connections(2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(3024, limits[1]), limits[1]), "never less"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_starts_of_a_job_are_told_apart() -> None:

@@ -44,6 +44,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (stop, logs):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(module, "QUEUE_SECONDS", 0.03)
     monkeypatch.setattr(stop, "CANCEL_SECONDS", 0.1)
 
 
@@ -116,6 +117,26 @@ def test_stop_waits_until_the_run_has_saved(run_dir: Path, slurm: Slurm, capsys:
     training.join()
     said = capsys.readouterr().out.splitlines()
     assert said[1:] == ["it has answered, and saves", "ended: a stop file was found.", "no step is saved"]
+
+
+def test_stop_asks_the_queue_now_and_then_and_at_once_in_the_end(
+    run_dir: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "QUEUE_SECONDS", 60.0)
+    begin(run_dir, BEGUN)
+    slurm("squeue", f"echo asked >> '{run_dir}/asked'")
+
+    def train() -> None:
+        while not (run_dir / "STOP").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        end(run_dir, replace(BEGUN, ended=time.time(), action="stop", exit_code=75, reason="a stop file was found."))
+
+    training = threading.Thread(target=train)
+    training.start()
+    assert cli.main(["stop", str(run_dir)]) == 0
+    training.join()
+    assert len((run_dir / "asked").read_text().split()) == 3, "before, at once, and at the end"
 
 
 def test_stop_cancels_what_waits_and_what_does_not_answer(run_dir: Path, slurm: Slurm, capsys: Captured) -> None:
@@ -193,3 +214,29 @@ def test_logs_follow_until_the_run_is_over(run_dir: Path, capsys: Captured) -> N
     writing.join()
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("==>")]
     assert shown == ["step 1", "step 2", "step 3"]
+
+
+def test_logs_follow_a_run_that_was_submitted_once_more(run_dir: Path, slurm: Slurm, capsys: Captured) -> None:
+    folder, queue = run_dir / "logs", run_dir / "queue"
+    folder.mkdir()
+    (folder / "job-7-rank-0.out").write_text("step 1\n")
+    first = replace(BEGUN, allocation="slurm 7")
+    begin(run_dir, first)
+    end(run_dir, replace(first, ended=1.0, action="stop", exit_code=75))
+    queue.write_text(f"8\tPENDING\tPriority\t1\t\t1:00\tN/A\t{run_dir}/job.sbatch\n")
+    slurm("squeue", f"cat '{queue}'")
+
+    def write() -> None:
+        time.sleep(0.2)
+        second = replace(first, allocation="slurm 8", began=2.0)
+        begin(run_dir, second)
+        (folder / "job-8-rank-0.out").write_text("step 2\n")
+        queue.write_text(f"8\tCOMPLETING\t\t1\tnode1\t1:00\tN/A\t{run_dir}/job.sbatch\n")
+        end(run_dir, replace(second, ended=3.0, action="done"))
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    assert cli.main(["logs", str(run_dir), "--follow"]) == 0
+    writing.join()
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("==>")]
+    assert shown == ["step 1", "step 2"]
