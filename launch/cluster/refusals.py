@@ -52,9 +52,21 @@ def misfits(cluster: ClusterConfig, partitions: Sequence[Partition], origins: Ma
     return [Problem(text, places_of(keys, origins)) for text, keys in _misfits(cluster, partitions)]
 
 
+def closed(cluster: ClusterConfig, partitions: Sequence[Partition]) -> list[str]:
+    """What to warn of where the partition takes jobs but starts none."""
+    name = next((part.name for part in _kinds(cluster, partitions) if not part.is_up), None)
+    return [f"partition {name} is not up: the job will wait until it is (`sinfo` shows it)."] if name else []
+
+
+def _kinds(cluster: ClusterConfig, partitions: Sequence[Partition]) -> list[Partition]:
+    """The kinds of nodes in the partition that is asked for."""
+    if cluster.partition is None:
+        return [part for part in partitions if part.is_default]
+    return [part for part in partitions if part.name == cluster.partition]
+
+
 def _misfits(cluster: ClusterConfig, partitions: Sequence[Partition]) -> Iterator[Broken]:
-    kinds = [part for part in partitions if part.name == cluster.partition or (
-        cluster.partition is None and part.is_default)]  # fmt: skip
+    kinds = _kinds(cluster, partitions)
     if not kinds:
         yield _no_partition(cluster, partitions)
         return

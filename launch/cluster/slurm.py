@@ -46,6 +46,7 @@ class Partition:
     cpus: int
     memory_bytes: int
     gpus: Mapping[str, int]
+    is_up: bool = True
 
 
 def ask(
@@ -90,7 +91,7 @@ def said(stderr: str) -> str:
 
 def find_partitions() -> list[Partition]:
     """All partitions that the user may see. Raises SlurmUnavailable."""
-    answer = ask(["sinfo", "--noheader", "--all", "--format=%P|%D|%s|%l|%c|%m|%G"])
+    answer = ask(["sinfo", "--noheader", "--all", "--format=%P|%D|%s|%l|%c|%m|%G|%a"])
     if answer.returncode:
         raise SlurmUnavailable(_silent("sinfo", f"says: {said(answer.stderr)}"))
     return [partition for line in answer.stdout.splitlines() if (partition := _parse_partition(line)) is not None]
@@ -193,9 +194,9 @@ def render_time(seconds: float) -> str:
 
 def _parse_partition(line: str) -> Partition | None:
     fields = line.strip().split("|")
-    if len(fields) != 7:
+    if len(fields) != 8:
         return None
-    name, nodes, sizes, limit, cpus, memory, gres = fields
+    name, nodes, sizes, limit, cpus, memory, gres, available = fields
     largest = sizes.rpartition("-")[2]
     return Partition(
         name.rstrip("*"),
@@ -206,6 +207,7 @@ def _parse_partition(line: str) -> Partition | None:
         _leading_number(cpus),
         _leading_number(memory) << 20,
         _parse_gpus(gres),
+        available == "up",
     )
 
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from gptdist.config.problems import places_of, raise_problems
 from gptdist.errors import ConfigError, LaunchError, SlurmRefused, SlurmUnavailable
 from gptdist.layout import Layout
 from launch.cluster.job_script import JOB_CONFIG, Job, check_paths, job_name, render_job_script
-from launch.cluster.refusals import explain_refusal, misfits
+from launch.cluster.refusals import closed, explain_refusal, misfits
 from launch.cluster.run_folder import SCRIPT, new_job_folder
 from launch.cluster.settings import LoadedCluster, load_cluster
 from launch.cluster.slurm import find_partitions, render_time, submit, test_only
@@ -54,11 +54,10 @@ class Submission:
 def main(args: argparse.Namespace) -> int:
     """Submit, or with --dry-run only show."""
     submission = prepare(args.config, args.cluster, args.overrides, args.run_dir, args.name)
-    for warning in warnings(submission):
-        print(f"warning: {warning}", file=sys.stderr)
+    _warn(warnings(submission))
     if args.dry_run:
         return _show(submission)
-    check_with_slurm(submission)
+    _warn(check_with_slurm(submission))
     with new_job_folder(submission.job.run_dir, submission.files()):
         job_ids = submit_chain(submission, args.chain)
     print(f"run     {submission.job.run_dir}")
@@ -85,10 +84,11 @@ def prepare(
     return Submission(_in_folder(run, folder), loaded_cluster, layout, job)
 
 
-def check_with_slurm(submission: Submission) -> None:
-    """Raises ConfigError for what no partition gives, and LaunchError where the run has a job already."""
+def check_with_slurm(submission: Submission) -> list[str]:
+    """What to warn of. Raises ConfigError for what no partition gives, and LaunchError where the run has a job."""
     cluster = submission.cluster
-    raise_problems(misfits(cluster.config, find_partitions(), cluster.origins), "what is asked of the cluster")
+    partitions = find_partitions()
+    raise_problems(misfits(cluster.config, partitions, cluster.origins), "what is asked of the cluster")
     jobs = [job for job in read_queue() or () if job.is_of(submission.job.run_dir)]
     if jobs:
         listed = ", ".join(f"{job.id} ({job.state})" for job in jobs)
@@ -96,6 +96,7 @@ def check_with_slurm(submission: Submission) -> None:
             f"the run in {submission.job.run_dir} has a job already: {listed}. End it first (`gptdist stop` saves; "
             "`scancel` does not), or name another folder with --run-dir."
         )
+    return closed(cluster.config, partitions)
 
 
 def submit_chain(submission: Submission, length: int) -> list[str]:
@@ -123,6 +124,11 @@ def warnings(submission: Submission) -> Iterator[str]:
             yield f"there is no corpus {corpus} on this machine; is it on the nodes?"
     if cluster.venv and not (Path(cluster.venv).expanduser() / "bin" / "python").exists():
         yield f"there is no {cluster.venv}/bin/python on this machine; is it on the nodes?"
+
+
+def _warn(texts: Iterable[str]) -> None:
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _load_both(
@@ -182,7 +188,7 @@ def _show(submission: Submission) -> int:
     print(script, end="", flush=True)
     print(f"{submission.job.run_dir}: {_describe(submission)}; nothing was submitted or written", file=sys.stderr)
     try:
-        check_with_slurm(submission)
+        _warn(check_with_slurm(submission))
         print(f"sbatch --test-only says: {test_only(script)}", file=sys.stderr)
     except SlurmUnavailable as error:
         print(f"Slurm was not asked: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ export FAKE_STDIN="$call.stdin"
 if [ -f "$FAKE_SLURM/${0##*/}.answer" ]; then . "$FAKE_SLURM/${0##*/}.answer"; fi
 """
 COMMANDS = ("sbatch", "sinfo", "squeue", "scontrol", "scancel")
-LAB = "main*|3|1-infinite|infinite|4|2000|gpu:2(S:0)"
+LAB = "main*|3|1-infinite|infinite|4|2000|gpu:2(S:0)|up"
 """Three nodes of the partition `main`, as sinfo tells of them."""
 
 

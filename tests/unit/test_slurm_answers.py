@@ -47,7 +47,7 @@ def test_gpus(gres: str, gpus: dict[str, int]) -> None:
 
 
 def test_partitions() -> None:
-    part = _parse_partition("gpu*|12|1-4|2-00:00:00|128+|1031000+|gpu:h100:8(S:0-1)")
+    part = _parse_partition("gpu*|12|1-4|2-00:00:00|128+|1031000+|gpu:h100:8(S:0-1)|up")
     assert part is not None
     assert (part.name, part.is_default, part.nodes, part.max_nodes, part.cpus) == ("gpu", True, 12, 4, 128)
     assert (part.time_limit_seconds, part.memory_bytes, part.gpus) == (172800, 1031000 << 20, {"h100": 8})

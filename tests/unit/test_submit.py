@@ -183,7 +183,7 @@ def test_what_cannot_be_had(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 
 def test_limits_of_a_partition(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     slurm.answers(
-        "sinfo", "echo 'main|3|1-1|30:00|4|2000|gpu:2(S:0)'; echo 'other*|9|1-infinite|infinite|4|2000|(null)'"
+        "sinfo", "echo 'main|3|1-1|30:00|4|2000|gpu:2(S:0)|up'; echo 'other*|9|1-infinite|infinite|4|2000|(null)|up'"
     )
     code, _, err = submit(capsys)
     assert code == 2 and "2 problems in what is asked of the cluster" in err
@@ -193,6 +193,13 @@ def test_limits_of_a_partition(slurm: FakeSlurm, capsys: pytest.CaptureFixture[s
     _, _, err = submit(capsys, "cluster.partition=null")
     assert "partition other has 9, of which none have 2 GPUs." in err
     assert "Its nodes: 9 of 4 cores, 1.953 GiB" in err
+
+
+def test_a_partition_that_starts_no_jobs_is_warned_of(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.answers("sinfo", f"echo '{LAB.removesuffix('up')}down'")
+    code, _, err = submit(capsys)
+    assert code == 0 and len(slurm.calls("sbatch")) == 1
+    assert "warning: partition main is not up: the job will wait until it is (`sinfo` shows it).\n" in err
 
 
 @pytest.mark.parametrize(
