@@ -139,9 +139,10 @@ class _HashedFile:
 
         The advice that it is not needed does that; pages which are not on the disk yet stay in memory.
         """
-        if self.size - self._sent >= _WRITE_BYTES:
-            os.posix_fadvise(self._file.fileno(), self._sent, self.size - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self.size
+        written = self._file.raw.tell()  # the rest waits in our own buffer
+        if written - self._sent >= _WRITE_BYTES and hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._file.fileno(), self._sent, written - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = written
 
     def drop(self) -> None:
         with suppress(OSError):  # what is not yet written may have no room either
