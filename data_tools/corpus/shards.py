@@ -139,7 +139,7 @@ class _HashedFile:
 
         The advice that it is not needed does that; pages which are not on the disk yet stay in memory.
         """
-        written = self._file.raw.tell()  # the rest waits in our own buffer
+        written = os.lseek(self._file.fileno(), 0, os.SEEK_CUR)  # the rest waits in our own buffer
         if written - self._sent >= _WRITE_BYTES and hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self._file.fileno(), self._sent, written - self._sent, os.POSIX_FADV_DONTNEED)
             self._sent = written
