@@ -124,7 +124,6 @@ def place_among(machine: Machine, nproc: int, ranks: int, key_file: Path) -> Pla
         lead_ports=tuple(USUAL_PORTS) if hosts.port is None else (hosts.port,),
         identity=f"{','.join(hosts.names)} x {nproc}, {key_file.parent}",
         key_file=key_file,
-        host=hosts.names[machine.node],
     )
 
 

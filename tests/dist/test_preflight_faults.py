@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ def look(world: World, faults: dict[str, list[int]], run_dir: str, scratch: str)
     """Preflight with rank r as node r; `faults`: name -> on which ranks."""
     me = world.global_rank
     mine = {name for name, ranks in faults.items() if me in ranks}
-    world = replace(world, local_rank=0, local_world_size=1, node_rank=me)
+    world = replace(world, local_rank=0, local_world_size=1, node_rank=me, host=f"node{me}")
     comms = Comms(world, dist.new_group(backend="gloo"))
     config = RunConfig(
         launch=LaunchConfig(run_dir=f"{run_dir}-elsewhere/run" if "unshared" in mine else f"{run_dir}/run"),
@@ -46,7 +45,6 @@ def look(world: World, faults: dict[str, list[int]], run_dir: str, scratch: str)
     printed = io.StringIO()
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(printed):
-        patch.setattr(socket, "gethostname", lambda: f"node{me}")
         patch.setattr(folders, "SHARED_SECONDS", 1.0)
         for name in mine:
             _inject(name, patch)
