@@ -1,12 +1,11 @@
 """Learning rate by step, global batch size by sample, and how many samples some steps consume.
 
 Pure functions of the config's sections: no torch, no state, so that a resumed run has the same schedule as one that was
-never stopped. Which configs make sense is checked in `gptdist/config/check.py`.
+never stopped. Which configs make sense is in `gptdist/config/rules/`.
 """
 
 import math
 
-from gptdist.config.check import batch_ramp_levels
 from gptdist.config.sections import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -27,6 +26,14 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfi
     if step >= last:
         return floor
     return floor + (peak - floor) * _remaining(step, last, schedule)
+
+
+def batch_ramp_levels(train: TrainConfig, schedule: ScheduleConfig) -> list[int]:
+    """The global batch sizes of a run in order; the last is train.global_batch_size."""
+    ramp = schedule.batch_ramp
+    if ramp is None:
+        return [train.global_batch_size]
+    return list(range(ramp.start, train.global_batch_size + 1, ramp.increment))
 
 
 def batch_size_at(sample: int, train: TrainConfig, schedule: ScheduleConfig) -> int:

@@ -17,7 +17,7 @@ from gptdist.checkpoint.logical import Box
 from gptdist.checkpoint.manifest import MANIFEST
 from gptdist.checkpoint.read import open_newest
 from gptdist.comms import Comms
-from gptdist.config.check import rule_tensor_divides
+from gptdist.config.rules.layout import rule_tensor_divides
 from gptdist.config.sections import LaunchConfig, ParallelConfig, RunConfig
 from gptdist.data.tokenizer import CorpusTokenizer
 from gptdist.engine.engine import InferenceEngine

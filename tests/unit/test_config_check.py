@@ -1,14 +1,18 @@
 """The rules across sections: each one broken alone gives its one message; what they allow really fits."""
 
+import importlib
 import itertools
+import pkgutil
 from typing import Any
 
 import pytest
 
-from gptdist.config.check import RULES, batch_ramp_levels, check_run
+from gptdist.config import rules
+from gptdist.config.check import RULES, check_run
 from gptdist.config.sections import RunConfig
 from gptdist.errors import ConfigError
 from gptdist.layout import Layout
+from gptdist.train.schedule import batch_ramp_levels
 
 
 def run_config(**settings: Any) -> RunConfig:
@@ -236,6 +240,8 @@ def test_ramp_levels() -> None:
 
 
 def test_every_rule_is_listed() -> None:
-    import gptdist.config.check as check
-
-    assert {rule.__name__ for rule in RULES} == {name for name in vars(check) if name.startswith("rule_")}
+    files = [
+        importlib.import_module(f"{rules.__name__}.{found.name}") for found in pkgutil.iter_modules(rules.__path__)
+    ]
+    written = {name for file in files for name in vars(file) if name.startswith("rule_")}
+    assert {rule.__name__ for rule in RULES} == written and len(RULES) == len(written) > 20

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptdist.config.check import batch_ramp_levels
 from gptdist.config.sections import BatchRamp, OptimizerConfig, ScheduleConfig, TrainConfig
-from gptdist.train.schedule import batch_size_at, learning_rate, samples_at_step, total_samples
+from gptdist.train.schedule import batch_ramp_levels, batch_size_at, learning_rate, samples_at_step, total_samples
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 
