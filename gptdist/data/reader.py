@@ -1,44 +1,26 @@
 """The tokens of one split as windows, read from the memory-mapped shards.
 
-Knows files and offsets; does not know in which order windows are wanted, nor which rank asks. Nothing is copied but the
-window itself. A chunk is checked before its first use, so that no damaged token reaches training.
+Knows offsets; does not know in which order windows are wanted, nor which rank asks. Nothing is copied but the window
+itself. The files are in `mapped_shards.py`.
 """
 
-import mmap
-import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from gptdist.data.chunk_index import ChunkIndex
-from gptdist.data.digest import chunk_digest
-from gptdist.data.fetch import FetchFailed
-from gptdist.data.manifest import Manifest, ShardInfo
+from gptdist.data.manifest import Manifest
+from gptdist.data.mapped_shards import REMEDY, MappedShards, UnreadableShard
 from gptdist.data.store import Store, open_store
 from gptdist.errors import CorpusError
 
-# A mapped shard holds a file descriptor, and a process often has no more than 1,024.
-MAX_OPEN_SHARDS = 256
-
-_REMEDY = "Copy the corpus again from where it came, or build it again; `gptdist data verify` lists all damage."
-_NPY_MAGIC = b"\x93NUMPY\x01\x00"
 # Tokens gathered by one call of numpy: the narrow copy that it makes of them, and what it becomes, stay in the
 # processor's cache. Up to twice as many (64 rows of 2,049) are not worth a second call.
 _TOKENS_AT_ONCE = 66_000
 # Fewer rows of a shard are copied one by one.
 _FEW_ROWS = 4
-
-
-class UnreadableShard(CorpusError):
-    """A shard is missing, damaged, or cannot be fetched."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 class LostShard(NamedTuple):
@@ -47,22 +29,6 @@ class LostShard(NamedTuple):
     corpus: str
     number: int
     message: str
-
-
-class _Shard:
-    """A mapped shard as one array of tokens."""
-
-    def __init__(self, info: ShardInfo, mapped: mmap.mmap, dtype: np.dtype) -> None:
-        self.info = info
-        self.mapped = mapped
-        self.flat = np.frombuffer(mapped, dtype=dtype, count=len(mapped) // dtype.itemsize)
-        self._runs: tuple[int, np.ndarray] = (0, self.flat)
-
-    def runs(self, length: int) -> np.ndarray:
-        """Every run of `length` tokens, as a view: [positions, length]."""
-        if self._runs[0] != length:
-            self._runs = (length, sliding_window_view(self.flat, length))
-        return self._runs[1]
 
 
 class TokenReader:
@@ -107,7 +73,7 @@ class TokenReader:
         # beyond it. 0: none was.
         self._limits_for = 0
         self._limits = self._shifts
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._shards = MappedShards(self.store, self._lines, self._dtype)
         self._unreadable: dict[int, str] = {}
 
     @property
@@ -122,7 +88,7 @@ class TokenReader:
 
     def lose(self, number: int, message: str) -> None:
         """Pass over a shard that another rank cannot read, so that both serve the same windows."""
-        self._shards.pop(number, None)
+        self._shards.drop(number)
         self._unreadable[number] = message
 
     def num_windows(self, sequence_length: int) -> int:
@@ -185,10 +151,14 @@ class TokenReader:
 
     def chunk_tokens(self, chunk: int) -> np.ndarray:
         """The tokens of a chunk, a read-only view of the mapped shard in the corpus's dtype."""
-        if not self._shifts[chunk]:
-            self._look_at(chunk)
+        try:
+            if not self._shifts[chunk]:
+                self._look_at(chunk)
+            shard = self._shards.get(int(self.index.shard[chunk]))
+        except IndexError:
+            raise self._damaged_index() from None
         first, end = self.index.token_start[chunk : chunk + 2] + self._shifts[chunk]
-        return self._shard(int(self.index.shard[chunk])).flat[first:end]
+        return shard.flat[first:end]
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Every chunk's tokens, in the order of the split."""
@@ -217,7 +187,7 @@ class TokenReader:
 
     def close(self) -> None:
         """Unmap all shards, and close the store if it is the reader's own."""
-        self._shards.clear()
+        self._shards.close()
         if self._owns_store:
             self.store.close()
 
@@ -255,7 +225,7 @@ class TokenReader:
         if len(across) < count:
             starts += self._shifts.take(chunks)  # positions in shards from here on
             if self._one_shard and count * length <= 2 * _TOKENS_AT_ONCE:
-                out[:] = self._shard(0).runs(length)[starts]
+                out[:] = self._shards.get(0).runs(length)[starts]
             else:
                 self._copy_from_shards(self.index.shard.take(chunks), starts, out)
         for row, chunk, start in across:
@@ -296,7 +266,7 @@ class TokenReader:
         for end in ends:
             number, rows = int(numbers[first]), order[first:end]
             if end - first < _FEW_ROWS:
-                flat, length = self._shard(number).flat, out.shape[1]
+                flat, length = self._shards.get(number).flat, out.shape[1]
                 for row, position in zip(rows.tolist(), positions[first:end].tolist(), strict=True):
                     out[row] = flat[position : position + length]
             else:
@@ -306,7 +276,7 @@ class TokenReader:
     def _copy_rows(self, number: int, positions: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Windows that begin at `positions` of one shard, into `rows` of `out`; None: into all of them."""
         count, length = len(positions), out.shape[1]
-        runs = self._shard(number).runs(length)
+        runs = self._shards.get(number).runs(length)
         at_once = max(1, _TOKENS_AT_ONCE // length)
         for first in range(0, count, at_once):
             block = slice(first, first + at_once)
@@ -323,7 +293,7 @@ class TokenReader:
             end = min(int(self._chunk_ends[chunk]), start + length - filled)
             if end <= start:  # only an index out of order leads here
                 raise self._damaged_index()
-            flat = self._shard(0 if self._one_shard else int(self.index.shard[chunk])).flat
+            flat = self._shards.get(0 if self._one_shard else int(self.index.shard[chunk])).flat
             out[filled : filled + end - start] = flat[start + shift : end + shift]
             filled += end - start
             chunk, start = chunk + 1, end
@@ -352,7 +322,7 @@ class TokenReader:
 
     def _pass_over(self, error: UnreadableShard) -> None:
         """Do without a shard from now on. Raises CorpusError where too many are lost."""
-        self._shards.pop(error.number, None)
+        self._shards.drop(error.number)
         self._unreadable[error.number] = str(error)
         allowed = self.store.settings.max_unreadable_shards
         if len(self._unreadable) <= allowed:
@@ -367,105 +337,9 @@ class TokenReader:
     def _losses(self) -> str:
         return "".join(f"\n  {message}" for message in self._unreadable.values())
 
-    def _shard(self, number: int) -> _Shard:
-        shard = self._shards.get(number)
-        if shard is not None and (not self.store.wants_ahead or self.store.use(shard.info)):
-            self._shards.move_to_end(number)
-            return shard
-        if self.store.wants_ahead:  # room in the cache is free only when nobody maps the file any more
-            for other in [other for other, mapped in self._shards.items() if not self.store.holds(mapped.info)]:
-                del self._shards[other]
-        shard = self._shards[number] = self._map_shard(number)
-        if len(self._shards) > MAX_OPEN_SHARDS:
-            self._shards.popitem(last=False)  # unmapped when the last array cut from it is gone
-        return shard
-
-    def _map_shard(self, number: int) -> _Shard:
-        if number >= len(self._lines):
-            raise self._damaged_index()
-        info = self._lines[number]
-        where = self.store.shown(info.file)
-        try:
-            with self._open_shard(info) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != info.bytes:
-                    what = "truncated" if size < info.bytes else "not the file that was built"
-                    raise UnreadableShard(
-                        number, f"Shard {where} is {what}: {size:,} bytes, not {info.bytes:,}. {_REMEDY}"
-                    )
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FetchFailed as error:
-            raise UnreadableShard(
-                number,
-                f"Shard {error} Put it back, or let the run go on without it: data.max_unreadable_shards.",
-            ) from error.__cause__
-        except OSError as error:
-            raise UnreadableShard(number, f"Shard {where} cannot be read: {error.strerror}. {_REMEDY}") from None
-        return _Shard(info, mapped, self._dtype)
-
-    def _open_shard(self, info: ShardInfo) -> BinaryIO:
-        while True:
-            path = self.store.path(info)
-            try:
-                return path.open("rb")
-            except FileNotFoundError:
-                # In a cache: evicted since the line above, for a rank that waited for room, or removed by hand.
-                if not self.store.refetch(info):
-                    raise
-
     def _look_at(self, chunk: int) -> None:
         """Find, and with `verify` check, a chunk before its first use."""
-        number = int(self.index.shard[chunk])
-        try:
-            self._shifts[chunk] = self._check_chunk(chunk, number, self._shard(number).mapped)
-        except UnreadableShard:
-            if number not in self._shards or not self.store.refetch(self._lines[number]):
-                raise
-            # The copy in the cache went bad on this disk: once more from its source.
-            del self._shards[number]
-            self._shifts[chunk] = self._check_chunk(chunk, number, self._shard(number).mapped)
-
-    def _check_chunk(self, chunk: int, number: int, mapped: mmap.mmap) -> int:
-        """The chunk's shift. Raises UnreadableShard."""
-        where = self.store.shown(self._lines[number].file)
-        first = int(self.index.sample_offset[chunk])
-        end = self.index.sample_end(chunk, len(mapped))
-        if self._verify:
-            with memoryview(mapped) as view, view[first:end] as sample:
-                digest = chunk_digest(sample)
-            if digest != int(self.index.digest[chunk]):
-                raise UnreadableShard(
-                    number,
-                    f"Shard {where} is damaged: chunk {chunk} (bytes {first:,} to {end:,}) is not what was built. "
-                    f"{_REMEDY}",
-                )
-            # Little of a chunk is read soon again: let its pages go from this process's memory, not from the cache.
-            page = first - first % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
-        count = int(self.index.token_start[chunk + 1] - self.index.token_start[chunk])
-        data = npy_data_offset(mapped, int(self.index.tokens_offset[chunk]), self._dtype, count)
-        itemsize = self._dtype.itemsize
-        if data is None or data + count * itemsize > end or data % itemsize:
-            raise UnreadableShard(
-                number,
-                f"Shard {where} and the index disagree: chunk {chunk} should hold {count:,} tokens of {self._dtype}. "
-                f"{_REMEDY}",
-            )
-        return data // itemsize - int(self.index.token_start[chunk])
+        self._shifts[chunk] = self._shards.place_of(chunk, self.index, self._verify)
 
     def _damaged_index(self) -> CorpusError:
-        return CorpusError(f"The index of the {self.split} split of {self.corpus} is damaged. {_REMEDY}")
-
-
-def npy_data_offset(buffer: mmap.mmap, offset: int, dtype: np.dtype, count: int) -> int | None:
-    """Where the data of the npy array that begins at `offset` begins; None where it is not `count` items of `dtype`.
-
-    Only the header is read, and compared as text, in our spelling or numpy's: a pickled array has another dtype and is
-    refused. Not parsed, because the parser of CPython 3.11 can fail where two threads use it at once.
-    """
-    prefix = buffer[offset : offset + 10] if offset >= 0 else b""
-    if prefix[:8] != _NPY_MAGIC:
-        return None
-    data = offset + 10 + int.from_bytes(prefix[8:10], "little")
-    header = buffer[offset + 10 : data].decode("latin-1").strip().replace(", }", "}")
-    return data if header == repr({"descr": dtype.str, "fortran_order": False, "shape": (count,)}) else None
+        return CorpusError(f"The index of the {self.split} split of {self.corpus} is damaged. {REMEDY}")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.build import build_corpus
-from gptdist.data import reader as reader_module
+from gptdist.data import mapped_shards
 from gptdist.data.blend import BlendOrder, Phase
 from gptdist.data.chunk_index import ChunkIndex, ChunkRecord, index_bytes, render_index
 from gptdist.data.loader import BatchLoader, LoadedBatch, held_out_batches
@@ -76,7 +76,7 @@ def test_windows_cover_the_stream(reader: TokenReader, stream: np.ndarray) -> No
 
 
 def test_few_shards_stay_open(corpus: Path, stream: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(mapped_shards, "MAX_OPEN_SHARDS", 2)
     reader = TokenReader(corpus, "train")
     order = WindowOrder(1, reader.num_windows(CONTEXT))
     for window in order.windows(0, 200).tolist():
