@@ -19,8 +19,9 @@ from gptdist.comms import Comms
 from gptdist.layout import Layout
 from launch.preflight.judge import Complaint, Link, Severity
 
-DEVICE_SECONDS = 8.0
-"""A device that has not answered after this long is broken; creating a CUDA context takes 1 to 3."""
+DEVICE_SECONDS = 15.0
+"""A device that has not answered after this long is broken. Its first product also loads CUDA's libraries, from a disk
+that all nodes may share; the whole of preflight has 20."""
 LINK_SECONDS = 5.0
 """A pair of ranks that has not exchanged a few megabytes after this long is broken."""
 CLOCK_ROUNDS = 5
