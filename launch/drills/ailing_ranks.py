@@ -11,11 +11,12 @@ from gptdist.checkpoint.folder import parse_step, step_folders
 from gptdist.checkpoint.read import Checkpoint
 from gptdist.errors import EXIT_DONE
 from launch.drills.rank_faults import Strike
-from launch.drills.small_run import HANG_SECONDS, SmallRun
+from launch.drills.small_run import HANG_SECONDS, SAVE_INTERVAL, SmallRun
 from launch.drills.stage import COMPUTING, DEATH_SECONDS, EARLIEST, Noticed, Stage, Unexpected
 
 NAMED_WITHIN_STEPS = 20
 HOUR = 3600.0
+SAVE_PATIENCE_SECONDS = 10.0
 
 
 def hangs(kind: str, said: str) -> Callable[[Stage], Noticed]:
@@ -31,6 +32,17 @@ def hangs(kind: str, said: str) -> Callable[[Stage], Noticed]:
         return stage.expect_said(rf"^rank {rank} {said} .*\({where}", HANG_SECONDS + DEATH_SECONDS)
 
     return happen
+
+
+def hangs_in_save(stage: Stage) -> Noticed:
+    """Where nothing is read or written any more, launch.timeout counts."""
+    rank, step = stage.other_rank(), 3 * SAVE_INTERVAL + 1
+    stage.set_up({"launch.timeout": f"{SAVE_PATIENCE_SECONDS:g}s"})
+    stage.start(Strike("hang", (rank,), step, "saving"))
+    stage.expect_code(EXIT_DONE)
+    stage.expect_said(f"stack of rank {rank}:")
+    within = SAVE_PATIENCE_SECONDS + DEATH_SECONDS
+    return stage.expect_said(rf"^rank {rank} hangs .*\(on {{host}}, in step {step}: saving", within)
 
 
 def skips_collective(stage: Stage) -> Noticed:
