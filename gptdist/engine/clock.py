@@ -2,8 +2,8 @@
 
 The loop and the engine say which phase begins; collectives are noticed by themselves. On a CPU whatever waits in one,
 be it of torch, Megatron or DeepSpeed, waits in `Work.wait`, so that is what is wrapped while a run is on. On a GPU
-collectives run by themselves and the host waits elsewhere: there the calls that launch them are wrapped, which gives
-the name of the one launched last, and no times. Nothing that is computed depends on any of this.
+collectives run by themselves and the host waits elsewhere: there the calls that launch them give the name of the one
+launched last, and events around launch and wait how long the stream stood. Nothing that is computed depends on this.
 """
 
 import threading
@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch._C import _current_graph_task_id
 from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]
 from torch.distributed import ProcessGroup, Work
 
+from gptdist.engine.device_waits import DeviceWaits
 from gptdist.monitor.heartbeat import COLLECTIVES, Heartbeat, StepTimes
 
 _BOTH_WAYS = "forward and backward"
@@ -30,6 +32,7 @@ class StepClock:
         self._both_ways = self._forward = 0.0  # of this step
         self._began = self._waited_before = 0.0
         self._launched = COLLECTIVES[-1]
+        self._device_waits: DeviceWaits | None = None
 
     def phase(self, name: str) -> None:
         """The rank enters this phase, one of `heartbeat.PHASES`."""
@@ -56,6 +59,8 @@ class StepClock:
         """The step is finished; `data_wait`: how many seconds of it went by until its data was there."""
         self.phase("logging")
         seconds = time.perf_counter() - self._began
+        if self._device_waits is not None:
+            self.waited += self._device_waits.take_seconds()
         collective_wait = self.waited - self._waited_before
         times = StepTimes(
             step,
@@ -77,6 +82,10 @@ class StepClock:
         ]
         if device == "cpu":
             wrapped.append((Work, "wait", self._wrap_wait()))
+        elif (waits := DeviceWaits.of_this_device()) is not None:
+            self._device_waits = waits
+            wrapped = [(owner, name, _within(waits, method)) for owner, name, method in wrapped]
+            wrapped.append((Work, "wait", _within(waits, Work.wait)))
         plain = [(owner, name, vars(owner)[name]) for owner, name, _ in wrapped]  # getattr would give it unbound
         try:
             for owner, name, method in wrapped:
@@ -85,6 +94,7 @@ class StepClock:
         finally:
             for owner, name, method in plain:
                 setattr(owner, name, method)
+            self._device_waits = None
 
     def _own_time(self) -> float:
         """A clock that stands still in collectives."""
@@ -125,6 +135,18 @@ class StepClock:
                 heartbeat.collective(None)
 
         return noticed
+
+
+def _within(waits: DeviceWaits, function: Callable[..., Any]) -> Callable[..., Any]:
+    training, get_ident = threading.get_ident(), threading.get_ident
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        if get_ident() != training and _current_graph_task_id() < 0:  # neither training nor a thread of backward's
+            return function(*args, **kwargs)
+        with waits.waiting():
+            return function(*args, **kwargs)
+
+    return measured
 
 
 def collective_name(native: str) -> str:

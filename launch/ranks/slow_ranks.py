@@ -2,7 +2,7 @@
 
 Pure: knows times, and how much work the layout gives each rank; no process and no clock. Everyone's step is as long as
 the slowest rank's, so what counts is a step without the time a rank waited in collectives. Where that time is not known
-(on a GPU the host does not see it) all ranks look alike, and none is named.
+(such as of collectives that run beside a GPU's computing) all ranks look alike, and none is named.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -18,6 +18,7 @@ from launch.preflight.measure import DEVICE_SECONDS, check_device, effort_of
 from tests.gpu.ranks import run
 
 PREFLIGHT_SECONDS = 20.0
+SLOW_SECONDS = 1.0
 
 
 def test_a_gpu_gives_the_known_product_in_time() -> None:
@@ -32,6 +33,31 @@ def test_preflight_passes_healthy_gpus_in_time(gpus: int, tmp_path: Path) -> Non
 
 def test_the_collective_that_was_launched_last_has_its_name() -> None:
     assert run(launch, 1) == [["all_reduce", "broadcast"]]
+
+
+@pytest.mark.gpu(2)
+def test_a_gpu_that_waits_for_a_slow_one_is_not_the_slow_one() -> None:
+    first, second = run(step_with_a_slow_peer, 2)
+    assert second < 0.2 * SLOW_SECONDS < 0.8 * SLOW_SECONDS < first
+
+
+def step_with_a_slow_peer(world: World) -> float:
+    """Seconds that this rank's stream waited in an all-reduce to which rank 1 comes late."""
+    value = torch.ones(4, device="cuda")
+    dist.all_reduce(value)
+    torch.cuda.synchronize()
+    clock = StepClock(Heartbeat.open(-1))
+    with clock.watching_collectives("cuda"):
+        clock.begin_step()
+        if world.global_rank == 1:
+            end = time.monotonic() + SLOW_SECONDS
+            work = torch.ones(2048, 2048, device="cuda")
+            while time.monotonic() < end:
+                work = work @ work
+                torch.cuda.synchronize()
+        dist.all_reduce(value)
+        value.sum().item()
+        return clock.end_step(1, data_wait=0.0).collective_wait
 
 
 def multiply(world: World) -> tuple[float | None, str | None, float]:
