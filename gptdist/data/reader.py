@@ -224,8 +224,8 @@ class TokenReader:
             across = self._look_up(starts, chunks, length)
         if len(across) < count:
             starts += self._shifts.take(chunks)  # positions in shards from here on
-            if self._one_shard and count * length <= 2 * _TOKENS_AT_ONCE:
-                out[:] = self._shards.get(0).runs(length)[starts]
+            if self._one_shard:
+                self._copy_rows(0, starts, out)
             else:
                 self._copy_from_shards(self.index.shard.take(chunks), starts, out)
         for row, chunk, start in across:
@@ -278,6 +278,9 @@ class TokenReader:
         count, length = len(positions), out.shape[1]
         runs = self._shards.get(number).runs(length)
         at_once = max(1, _TOKENS_AT_ONCE // length)
+        if rows is None and count <= 2 * at_once:
+            out[:] = runs[positions]
+            return
         for first in range(0, count, at_once):
             block = slice(first, first + at_once)
             out[block if rows is None else rows[block]] = runs[positions[block]]
